@@ -1,0 +1,85 @@
+"""Random numbers as pure functions of (seed, stream, index).
+
+Training draws are keyed by the position of an image in the global order, sampling draws by the
+image's own seed. Nothing here has state, so a slice of a batch never needs the whole, and a resumed
+run needs no saved generator.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+NUM_SEEDS = 2**32
+"""Seeds lie in [0, NUM_SEEDS): torch's CPU generator uses 32 bits and ignores the others."""
+
+
+class Stream(IntEnum):
+    """What a draw is for; equal indices in different streams are independent."""
+
+    ORDER = 0
+    SPLIT = 1
+    FLIP = 2
+    TIMESTEP = 3
+    NOISE = 4
+    DROPOUT = 5
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64 (Steele, Lea, Flood 2014): one step of the generator from state `x`."""
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the point
+        z = x + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def hash_indices(seed: int, stream: Stream, indices: Sequence[int] | NDArray[np.int64]) -> (
+    NDArray[np.uint64]
+):
+    """Hash (seed, stream, index) to 64 uniform bits per index.
+
+    Args:
+        seed: The run's seed, >= 0.
+        stream: What the bits are for.
+        indices: Non-negative, int64 [N].
+
+    Returns:
+        uint64 [N]; element n depends on `indices[n]` only.
+    """
+    key = _mix(_mix(np.array([seed], dtype=np.uint64)) ^ np.uint64(stream))
+    return _mix(key ^ _mix(np.asarray(indices, dtype=np.uint64)))
+
+
+def hash_uniform(seed: int, stream: Stream, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Uniform float64 [N] in [0, 1), one per index (see `hash_indices`)."""
+    return (hash_indices(seed, stream, indices) >> np.uint64(11)) * 2.0**-53
+
+
+class NoiseStreams:
+    """One generator per image: draw k of image n is a pure function of (seeds[n], k).
+
+    Args:
+        seeds: One per image, each in [0, NUM_SEEDS) (other bits are dropped).
+        device: Where the generators live. Values are bit-equal on one device type.
+    """
+
+    def __init__(self, seeds: Sequence[int] | NDArray[np.uint64], device: torch.device) -> None:
+        self._device = device
+        self._generators = [
+            torch.Generator(device).manual_seed(int(seed) % NUM_SEEDS) for seed in seeds
+        ]
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Draw standard normal noise, float32 [len(seeds), *shape] on the generators' device."""
+        # Page-locked memory lets a copy to a GPU overlap with the kernels that run there.
+        pin = self._device.type == "cpu" and torch.cuda.is_available()
+        noise = torch.empty(
+            (len(self._generators), *shape), device=self._device, pin_memory=pin
+        )
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.normal_(generator=generator)
+        return noise
