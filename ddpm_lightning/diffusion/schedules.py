@@ -1,0 +1,88 @@
+"""Noise schedules: the betas of the forward process."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ddpm_lightning.errors import InputError
+
+Schedule = Literal["linear", "quad", "warmup10", "warmup50", "const", "cosine"]
+
+MAX_BETA = 0.999
+"""The cosine schedule's cap on beta near t = T (Nichol & Dhariwal 2021, section 3.2)."""
+
+
+def make_betas(
+    name: Schedule, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> Tensor:
+    """Make the variances beta_t of the forward process (Ho et al. 2020, Eq. 2).
+
+    Args:
+        name: `linear` (the paper's), `quad` (linear in the square root), `warmup10` and `warmup50`
+            (linear over the first 10 % or 50 %, then constant) and `const` are those of Ho et al.'s
+            code; `cosine` is Nichol & Dhariwal 2021, Eq. 17, and takes no end points.
+        num_timesteps: T, at least 1.
+        beta_start: First beta, in (0, beta_end]. The paper's 1e-4 goes with T = 1000.
+        beta_end: Last beta, in [beta_start, 1).
+
+    Returns:
+        float64 [T].
+
+    Raises:
+        InputError: A value is out of range, or there is no such schedule.
+    """
+    if num_timesteps < 1:
+        raise InputError(f"num_timesteps must be at least 1, got {num_timesteps}")
+    if not 0 < beta_start <= beta_end < 1:
+        raise InputError(
+            "beta_start and beta_end must satisfy 0 < beta_start <= beta_end < 1, "
+            f"got {beta_start} and {beta_end}"
+        )
+    if name not in _SCHEDULES:
+        raise InputError(f"schedule must be one of {', '.join(_SCHEDULES)}; got {name!r}")
+    return _SCHEDULES[name](num_timesteps, beta_start, beta_end)
+
+
+def _linspace(start: float, end: float, num: int) -> Tensor:
+    return torch.linspace(start, end, num, dtype=torch.float64)
+
+
+def _linear(num_timesteps: int, start: float, end: float) -> Tensor:
+    return _linspace(start, end, num_timesteps)
+
+
+def _quad(num_timesteps: int, start: float, end: float) -> Tensor:
+    return _linspace(math.sqrt(start), math.sqrt(end), num_timesteps) ** 2
+
+
+def _warmup(fraction: float) -> Callable[[int, float, float], Tensor]:
+    def betas(num_timesteps: int, start: float, end: float) -> Tensor:
+        result = torch.full((num_timesteps,), end, dtype=torch.float64)
+        num_warmup = int(fraction * num_timesteps)
+        result[:num_warmup] = _linspace(start, end, num_warmup)
+        return result
+
+    return betas
+
+
+def _const(num_timesteps: int, start: float, end: float) -> Tensor:
+    return torch.full((num_timesteps,), end, dtype=torch.float64)
+
+
+def _cosine(num_timesteps: int, start: float, end: float) -> Tensor:
+    u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    alphas_cumprod = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=MAX_BETA)
+
+
+_SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
+    "linear": _linear,
+    "quad": _quad,
+    "warmup10": _warmup(0.1),
+    "warmup50": _warmup(0.5),
+    "const": _const,
+    "cosine": _cosine,
+}

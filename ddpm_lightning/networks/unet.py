@@ -1,0 +1,290 @@
+"""The U-Net of Ho et al. 2020 (appendix B), all of it in this file."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm_lightning.errors import InputError
+
+NUM_GROUPS = 32
+GROUP_NORM_EPS = 1e-6  # the authors' tf.contrib default; torch's is 1e-5
+ZERO_GAIN = 1e-5  # "zero" initialisation: variance scale 1e-10, the gain is its root
+MAX_PERIOD = 10_000.0  # longest wavelength of the sinusoids (Vaswani et al. 2017)
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Embed timesteps as sinusoids (Vaswani et al. 2017): all sines, then all cosines.
+
+    Args:
+        t: Timesteps, int64 [N], as they are (not rescaled).
+        dim: Width, at least 4; an odd one is padded with a zero.
+
+    Returns:
+        float32 [N, dim]. Frequencies run from 1 down to 1 / MAX_PERIOD, both included.
+    """
+    half = dim // 2
+    levels = torch.arange(half, dtype=torch.float32, device=t.device)
+    # This order of operations rounds as diffusers does, so that outputs agree to 1e-10.
+    angles = t.float()[:, None] * (-math.log(MAX_PERIOD) * levels / (half - 1)).exp()
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return F.pad(embedding, (0, dim % 2))
+
+
+def _init(layer: nn.Conv2d | nn.Linear, gain: float = 1.0) -> None:
+    """Variance scaling over the average fan, uniform, which is Glorot's; biases zero."""
+    nn.init.xavier_uniform_(layer.weight, gain)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+
+
+def _conv(in_channels: int, out_channels: int, kernel_size: int, gain: float = 1.0) -> nn.Conv2d:
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+    _init(conv, gain)
+    return conv
+
+
+def _linear(in_features: int, out_features: int) -> nn.Linear:
+    linear = nn.Linear(in_features, out_features)
+    _init(linear)
+    return linear
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(NUM_GROUPS, channels, eps=GROUP_NORM_EPS)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut; the timestep is added per channel between them."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, embed_channels: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.norm_1 = _norm(in_channels)
+        self.conv_1 = _conv(in_channels, out_channels, 3)
+        self.embed = _linear(embed_channels, out_channels)
+        self.norm_2 = _norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = _conv(out_channels, out_channels, 3, ZERO_GAIN)
+        self.shortcut = (
+            nn.Identity() if in_channels == out_channels else _conv(in_channels, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Map x [N, C_in, H, W] and the activated embedding [N, E] to [N, C_out, H, W]."""
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        h = h + self.embed(embedding)[:, :, None, None]
+        h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
+        return self.shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Self-attention over pixels with a single head, added to its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.qkv = _conv(channels, 3 * channels, 1)
+        for weight in self.qkv.weight.detach().chunk(3):  # three layers, each with its own fans
+            nn.init.xavier_uniform_(weight)
+        self.proj = _conv(channels, channels, 1, ZERO_GAIN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [N, C, H, W] to the same shape."""
+        # [N, 3C, H, W] -> three of [N, 1 head, HW, C]; the scale is 1 / sqrt(C)
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class Block(nn.Module):
+    """A residual block, followed by attention on the levels that have it."""
+
+    def __init__(self, res: ResBlock, attention: Attention | None) -> None:
+        super().__init__()
+        self.res = res
+        self.attention = attention
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Map x [N, C_in, H, W] and the activated embedding [N, E] to [N, C_out, H, W]."""
+        x = self.res(x, embedding)
+        return x if self.attention is None else self.attention(x)
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a 3x3 convolution with stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        _init(self.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, C, H, W] to [N, C, H/2, W/2]."""
+        # TensorFlow's SAME pads an even input on the right and at the bottom only.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double height and width by repetition, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = _conv(channels, channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, C, H, W] to [N, C, 2H, 2W]."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """epsilon_theta: predicts the noise in x_t (Ho et al. 2020, appendix B).
+
+    The defaults are the network of the digits experiment. CIFAR-10's is `UNet(3, 3, 128,
+    (1, 2, 2, 2), 2, (1,), 0.1)`, with 35,746,307 parameters.
+
+    Args:
+        in_channels: Channels of x_t.
+        out_channels: Channels of the output.
+        base_channels: Channels of the first level; a multiple of 32, for the group norms.
+        channel_mults: Width of each level as a multiple of `base_channels`; every level but the
+            last halves the resolution.
+        num_res_blocks: Residual blocks per level on the way down; one more on the way up.
+        attention_levels: Levels (from 0) with attention after each block. The middle always has it.
+        dropout: Probability of dropping a value before each block's second convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        base_channels: int = 64,
+        channel_mults: Sequence[int] = (1, 2),
+        num_res_blocks: int = 1,
+        attention_levels: Sequence[int] = (1,),
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check(base_channels, channel_mults, num_res_blocks, attention_levels, dropout)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.base_channels = base_channels
+        self.channel_mults = list(channel_mults)
+        self.num_res_blocks = num_res_blocks
+        self.attention_levels = list(attention_levels)
+        self.dropout = dropout
+
+        embed_channels = 4 * base_channels
+        self.embed_1 = _linear(base_channels, embed_channels)
+        self.embed_2 = _linear(embed_channels, embed_channels)
+
+        def block(in_channels: int, out_channels: int, attention: bool) -> Block:
+            res = ResBlock(in_channels, out_channels, embed_channels, dropout)
+            return Block(res, Attention(out_channels) if attention else None)
+
+        self.conv_in = _conv(in_channels, base_channels, 3)
+        self.down = nn.ModuleList()
+        channels = base_channels
+        skips = [channels]
+        for level, mult in enumerate(channel_mults):
+            for _ in range(num_res_blocks):
+                attention = level in attention_levels
+                self.down.append(block(channels, base_channels * mult, attention))
+                channels = base_channels * mult
+                skips.append(channels)
+            if level < len(channel_mults) - 1:
+                self.down.append(Downsample(channels))
+                skips.append(channels)
+
+        self.mid_1 = block(channels, channels, attention=True)
+        self.mid_2 = block(channels, channels, attention=False)
+
+        self.up = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mults))):
+            for _ in range(num_res_blocks + 1):
+                attention = level in attention_levels
+                self.up.append(block(channels + skips.pop(), base_channels * mult, attention))
+                channels = base_channels * mult
+            if level > 0:
+                self.up.append(Upsample(channels))
+
+        self.norm_out = _norm(channels)
+        self.conv_out = _conv(channels, out_channels, 3, ZERO_GAIN)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Predict the noise.
+
+        Args:
+            x: x_t, float [N, in_channels, H, W]; `check_size` says which H and W work.
+            t: Timesteps, int64 [N].
+
+        Returns:
+            float [N, out_channels, H, W].
+
+        Raises:
+            InputError: The levels do not divide the size.
+        """
+        self.check_size(x.shape[2], x.shape[3])
+        embedding = timestep_embedding(t, self.base_channels).to(self.embed_1.weight.dtype)
+        embedding = F.silu(self.embed_2(F.silu(self.embed_1(embedding))))  # every block starts so
+
+        h = self.conv_in(x)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, embedding) if isinstance(layer, Block) else layer(h)
+            skips.append(h)
+        h = self.mid_2(self.mid_1(h, embedding), embedding)
+        for layer in self.up:
+            if isinstance(layer, Block):
+                h = layer(torch.cat([h, skips.pop()], dim=1), embedding)
+            else:
+                h = layer(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse a size that cannot be halved once per level, naming the nearest that can.
+
+        Args:
+            height: Of the images, in pixels.
+            width: Of the images, in pixels.
+
+        Raises:
+            InputError: With the nearest sizes that work.
+        """
+        factor = 2 ** (len(self.channel_mults) - 1)
+        if height % factor == 0 and width % factor == 0:
+            return
+
+        def nearest(size: int) -> str:
+            below, above = size // factor * factor, -(-size // factor) * factor
+            return " or ".join(str(near) for near in sorted({below, above} - {0}))
+
+        raise InputError(
+            f"{len(self.channel_mults)} levels need height and width divisible by {factor}, got "
+            f"{height}x{width}; the nearest that work: height {nearest(height)}, "
+            f"width {nearest(width)}"
+        )
+
+
+def _check(
+    base_channels: int,
+    channel_mults: Sequence[int],
+    num_res_blocks: int,
+    attention_levels: Sequence[int],
+    dropout: float,
+) -> None:
+    if base_channels < 1 or base_channels % NUM_GROUPS:
+        raise InputError(f"base_channels must be a multiple of {NUM_GROUPS}, got {base_channels}")
+    if not channel_mults or min(channel_mults) < 1:
+        raise InputError(f"channel_mults must be one or more numbers >= 1, got {channel_mults}")
+    if num_res_blocks < 1:
+        raise InputError(f"num_res_blocks must be at least 1, got {num_res_blocks}")
+    if not set(attention_levels) <= set(range(len(channel_mults))):
+        raise InputError(
+            f"attention_levels must lie in 0..{len(channel_mults) - 1}, got {attention_levels}"
+        )
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout must lie in [0, 1), got {dropout}")

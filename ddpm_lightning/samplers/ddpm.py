@@ -1,0 +1,31 @@
+"""Ancestral sampling (Ho et al. 2020, Algorithm 2)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ddpm_lightning.diffusion.process import Process
+from ddpm_lightning.samplers.base import Draw, Network, Sampler, Step
+
+
+@dataclass(frozen=True)
+class DDPMSampler(Sampler):
+    """Ancestral sampling: every step draws from p(x_{t-1} | x_t).
+
+    Args:
+        num_steps: Evenly spaced timesteps to visit; None visits all of them.
+        clip: Clip the predicted x_0 to [-1, 1] at every step, as the authors' code does.
+    """
+
+    num_steps: int | None = None
+    clip: bool = True
+
+    def __call__(self, net: Network, process: Process, draw: Draw) -> Iterator[Step]:
+        """Run the chain (see `Sampler`)."""
+        process = self.respace(process)
+        x_t = draw()
+        for index in reversed(range(process.num_timesteps)):
+            t = process.timesteps.new_full((len(x_t),), index)
+            output = net(x_t, process.timesteps[t])
+            mean, log_variance, pred_x_0 = process.p_mean_variance(output, x_t, t, self.clip)
+            x_t = mean + (0.5 * log_variance).exp() * draw() if index > 0 else mean
+            yield Step(int(process.timesteps[index]), x_t, pred_x_0)

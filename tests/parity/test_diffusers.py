@@ -1,0 +1,175 @@
+"""Ours against diffusers': the same network and the same chain."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from torch import Tensor, nn
+
+from ddpm_lightning.diffusion.process import Process, Variance
+from ddpm_lightning.diffusion.schedules import make_betas
+from ddpm_lightning.networks.unet import Attention, Block, Downsample, UNet, Upsample
+from ddpm_lightning.samplers import DDIMSampler, DDPMSampler
+from tests.conftest import Golden
+from tests.test_unet import CIFAR10, PIXELS_256
+
+
+def diffusers_unet(ours: UNet) -> UNet2DModel:
+    """Build diffusers' network for the same arguments, set to the authors' conventions."""
+    num_levels = len(ours.channel_mults)
+    attention = [level in ours.attention_levels for level in range(num_levels)]
+    return UNet2DModel(
+        in_channels=ours.in_channels,
+        out_channels=ours.out_channels,
+        block_out_channels=[ours.base_channels * mult for mult in ours.channel_mults],
+        layers_per_block=ours.num_res_blocks,
+        down_block_types=["AttnDownBlock2D" if has else "DownBlock2D" for has in attention],
+        up_block_types=["AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)],
+        dropout=ours.dropout,
+        freq_shift=1,
+        flip_sin_to_cos=False,
+        downsample_padding=0,
+        norm_eps=1e-6,
+        attention_head_dim=None,
+    )
+
+
+def copy(source: nn.Module, target: nn.Module) -> None:
+    """Copy weight and bias; a 1x1 convolution's weight is a linear layer's with two more axes."""
+    for name, parameter in target.named_parameters():
+        parameter.data.copy_(source.get_parameter(name).data.reshape(parameter.shape))
+
+
+def copy_block(ours: Block, resnet: nn.Module, attention: nn.Module | None) -> None:
+    res = ours.res
+    for source, name in [
+        (res.norm_1, "norm1"),
+        (res.conv_1, "conv1"),
+        (res.embed, "time_emb_proj"),
+        (res.norm_2, "norm2"),
+        (res.conv_2, "conv2"),
+    ]:
+        copy(source, getattr(resnet, name))
+    if not isinstance(res.shortcut, nn.Identity):
+        copy(res.shortcut, resnet.conv_shortcut)  # type: ignore[arg-type]
+    if ours.attention is not None:
+        assert attention is not None
+        copy_attention(ours.attention, attention)
+
+
+def copy_attention(ours: Attention, theirs: nn.Module) -> None:
+    copy(ours.norm, theirs.group_norm)  # type: ignore[arg-type]
+    copy(ours.proj, theirs.to_out[0])  # type: ignore[index]
+    weights, biases = ours.qkv.weight.chunk(3), ours.qkv.bias.chunk(3)  # type: ignore[union-attr]
+    for weight, bias, layer in zip(
+        weights, biases, (theirs.to_q, theirs.to_k, theirs.to_v), strict=True
+    ):
+        layer.weight.data.copy_(weight.flatten(1))  # type: ignore[union-attr,operator]
+        layer.bias.data.copy_(bias)  # type: ignore[union-attr,operator]
+
+
+def blocks_of(stages: nn.ModuleList, resample: str) -> Iterator[tuple[nn.Module, ...]]:
+    """Yield their (resnet, attention) pairs and resampling layers in the order of ours."""
+    for stage in stages:
+        attentions = getattr(stage, "attentions", [None] * len(stage.resnets))  # type: ignore[arg-type]
+        yield from zip(stage.resnets, attentions, strict=True)  # type: ignore[arg-type]
+        for layer in getattr(stage, resample) or ():
+            yield (layer.conv,)
+
+
+def copy_all(ours: UNet, theirs: UNet2DModel) -> None:
+    copy(ours.embed_1, theirs.time_embedding.linear_1)
+    copy(ours.embed_2, theirs.time_embedding.linear_2)
+    copy(ours.conv_in, theirs.conv_in)
+    copy(ours.norm_out, theirs.conv_norm_out)
+    copy(ours.conv_out, theirs.conv_out)
+    copy_block(ours.mid_1, theirs.mid_block.resnets[0], theirs.mid_block.attentions[0])
+    copy_block(ours.mid_2, theirs.mid_block.resnets[1], None)
+    for layers, blocks in [
+        (ours.down, blocks_of(theirs.down_blocks, "downsamplers")),
+        (ours.up, blocks_of(theirs.up_blocks, "upsamplers")),
+    ]:
+        for layer, target in zip(layers, blocks, strict=True):
+            if isinstance(layer, Block):
+                copy_block(layer, *target)
+            else:
+                assert isinstance(layer, Downsample | Upsample)
+                copy(layer.conv, *target)
+
+
+@torch.no_grad()
+def outputs(ours: UNet, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in ours.parameters():  # at its own initialisation the output is almost zero
+        parameter.normal_(0, 0.05, generator=generator)
+    theirs = diffusers_unet(ours).to(x.dtype)
+    copy_all(ours, theirs)
+    ours.to(x.dtype).eval()
+    return ours(x, t), theirs.eval()(x, t).sample
+
+
+@pytest.mark.parametrize("arguments", [CIFAR10, (1, 2, 32, (1, 2, 3), 1, (0, 2), 0.0)])
+def test_network_is_the_same(arguments: tuple[int, ...]) -> None:
+    ours = UNet(*arguments)  # type: ignore[arg-type]
+    x = torch.randn(2, ours.in_channels, 32, 32, dtype=torch.float64)
+    mine, other = outputs(ours, x, torch.tensor([3, 871]))
+    assert other.abs().max() > 0.1
+    torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_network_is_the_same_at_256_pixels() -> None:
+    ours = UNet(*PIXELS_256)  # type: ignore[arg-type]
+    mine, other = outputs(ours, torch.randn(1, 3, 256, 256), torch.tensor([500]))
+    assert (mine - other).abs().max() <= 1e-4 * other.abs().max()
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_ancestral_chain_is_the_same(
+    golden: Golden, variance: Variance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = DDPMScheduler(
+        trained_betas=make_betas("linear", 1000).numpy(), variance_type=variance, clip_sample=True
+    )
+    # Their tables are float32; in float64 the comparison can be strict.
+    scheduler.alphas_cumprod = Process(make_betas("linear", 1000)).alphas_cumprod
+    scheduler.one = torch.tensor(1.0, dtype=torch.float64)
+    scheduler.betas = make_betas("linear", 1000)
+    scheduler.alphas = 1 - scheduler.betas
+    x = golden["noise_2"]
+    for t in scheduler.timesteps.tolist():
+        monkeypatch.setattr(
+            "diffusers.schedulers.scheduling_ddpm.randn_tensor",
+            lambda *_, t=t, **__: golden.chain_noise(t),
+        )
+        output = golden.net(x, torch.full((3,), t))
+        x = scheduler.step(output, t, x).prev_sample
+
+    def draws() -> Iterator[Tensor]:
+        yield golden["noise_2"]
+        for t in range(999, 0, -1):
+            yield golden.chain_noise(t)
+
+    process = Process(make_betas("linear", 1000), variance)
+    *_, last = DDPMSampler()(golden.net, process, draws().__next__)
+    torch.testing.assert_close(last.x_prev, x, rtol=1e-7, atol=1e-9)
+
+
+def test_ddim_chain_is_the_same(golden: Golden) -> None:
+    process = Process(make_betas("linear", 1000))
+    scheduler = DDIMScheduler(
+        trained_betas=make_betas("linear", 1000).numpy(), set_alpha_to_one=True
+    )
+    scheduler.alphas_cumprod = process.alphas_cumprod
+    scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
+    scheduler.set_timesteps(50)  # 980, 960, ..., 0
+    x = golden["noise"]
+    for t in scheduler.timesteps.tolist():
+        output = golden.net(x, torch.full((3,), t))
+        x = scheduler.step(output, t, x, use_clipped_model_output=True).prev_sample
+
+    respaced = process.respace(torch.arange(0, 1000, 20))
+    draws = iter([golden["noise"]])
+    *_, last = DDIMSampler(num_steps=None)(golden.net, respaced, draws.__next__)
+    torch.testing.assert_close(last.x_prev, x, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,122 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.networks.unet import Attention, ResBlock, UNet, timestep_embedding
+
+CIFAR10 = (3, 3, 128, (1, 2, 2, 2), 2, (1,), 0.1)
+PIXELS_256 = (3, 3, 128, (1, 1, 2, 2, 4, 4), 2, (4,), 0.0)
+
+
+def count(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "num_parameters"),
+    [
+        (CIFAR10, 35_746_307),
+        ((3, 6, *CIFAR10[2:]), 35_749_766),
+        (PIXELS_256, 113_673_219),
+        ((3, 3, 192, *PIXELS_256[3:]), 255_677_955),
+    ],
+)
+def test_parameter_counts_are_the_authors(
+    arguments: tuple[object, ...], num_parameters: int
+) -> None:
+    with torch.device("meta"):
+        assert count(UNet(*arguments)) == num_parameters  # type: ignore[arg-type]
+
+
+def test_initialisation_is_the_authors() -> None:
+    net = UNet(3, 3, 128, (1,), 1, (0,))
+    block, attention = net.down[0].res, net.down[0].attention
+    assert isinstance(block, ResBlock)
+    assert isinstance(attention, Attention)
+    bound = 0.05103103630798288  # conv 3x3, 128 -> 128
+    assert bound * 0.999 < block.conv_1.weight.abs().max().item() <= bound
+    zero = block.conv_2.weight.abs().max().item()
+    assert 5.09e-07 < zero <= 5.103103630798288e-07
+    # q, k and v are three layers with fans of C each, not one with 3C
+    for weight in attention.qkv.weight.chunk(3):
+        bound = math.sqrt(6 / 256)
+        assert bound * 0.999 < weight.abs().max().item() <= bound
+    assert attention.proj.weight.abs().max().item() <= 1e-5 * bound
+    assert net.conv_out.weight.abs().max().item() <= 1e-5
+    for name, parameter in net.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any()
+    for module in net.modules():
+        if isinstance(module, nn.GroupNorm):
+            assert (module.eps, module.num_groups) == (1e-6, 32)
+            assert bool((module.weight == 1).all())
+
+
+def test_embedding_facts() -> None:
+    embedding = timestep_embedding(torch.tensor([0, 1]), 128)
+    assert torch.equal(embedding[0], torch.cat([torch.zeros(64), torch.ones(64)]))
+    picked = embedding[1][[0, 1, 63, 64, 127]].tolist()
+    expected = [0.8414709848, 0.7604387421, 9.999999983e-05, 0.5403023058, 0.999999995]
+    assert picked == pytest.approx(expected, rel=1e-5)
+    assert timestep_embedding(torch.tensor([7]), 33).shape == (1, 33)
+    assert timestep_embedding(torch.tensor([7]), 33)[0, -1] == 0
+
+
+def test_downsampling_pads_right_and_bottom() -> None:
+    """With a kernel that copies its top left tap, output (0, 0) is input (0, 0)."""
+    net = UNet(1, 1, 32, (1, 1), 1, ())
+    down = net.down[1]
+    weight, bias = down.conv.weight, down.conv.bias
+    assert isinstance(weight, nn.Parameter)
+    assert isinstance(bias, nn.Parameter)
+    with torch.no_grad():
+        weight.zero_()
+        weight[:, :, 0, 0] = torch.eye(32)
+        bias.zero_()
+    x = torch.randn(1, 32, 6, 4)
+    assert torch.equal(down(x), x[:, :, ::2, ::2])
+
+
+@pytest.mark.parametrize(("channels", "height", "width"), [(1, 8, 8), (2, 8, 12), (5, 4, 16)])
+def test_any_channels_and_sides(channels: int, height: int, width: int) -> None:
+    net = UNet(channels, channels, 32, (1, 2), 1, (1,))
+    x = torch.randn(2, channels, height, width)
+    assert net(x, torch.tensor([0, 9])).shape == x.shape
+
+
+def test_impossible_sizes_name_the_nearest() -> None:
+    net = UNet(1, 1, 32, (1, 1, 1), 1, ())
+    with pytest.raises(InputError, match="height 28 or 32, width 28$"):
+        net(torch.zeros(1, 1, 30, 28), torch.tensor([0]))
+    with pytest.raises(InputError, match="height 4, width 8$"):
+        net.check_size(3, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"base_channels": 48}, "multiple of 32, got 48"),
+        ({"channel_mults": ()}, "channel_mults"),
+        ({"num_res_blocks": 0}, "num_res_blocks"),
+        ({"attention_levels": (2,)}, r"0\.\.1"),
+        ({"dropout": 1.0}, "dropout"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        UNet(**arguments)  # type: ignore[arg-type]
+
+
+def test_dropout_acts_in_training_only() -> None:
+    net = UNet(1, 1, 32, (1,), 1, (), dropout=0.5)
+    nn.init.normal_(net.conv_out.weight)
+    for module in net.modules():
+        if isinstance(module, ResBlock):
+            nn.init.normal_(module.conv_2.weight)
+    x, t = torch.randn(1, 1, 4, 4), torch.tensor([3])
+    assert not torch.equal(net(x, t), net(x, t))
+    net.eval()
+    assert torch.equal(net(x, t), net(x, t))
