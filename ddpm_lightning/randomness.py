@@ -37,9 +37,9 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
         return z ^ (z >> np.uint64(31))
 
 
-def hash_indices(seed: int, stream: Stream, indices: Sequence[int] | NDArray[np.int64]) -> (
-    NDArray[np.uint64]
-):
+def hash_indices(
+    seed: int, stream: Stream, indices: Sequence[int] | NDArray[np.int64]
+) -> NDArray[np.uint64]:
     """Hash (seed, stream, index) to 64 uniform bits per index.
 
     Args:
@@ -77,9 +77,7 @@ class NoiseStreams:
         """Draw standard normal noise, float32 [len(seeds), *shape] on the generators' device."""
         # Page-locked memory lets a copy to a GPU overlap with the kernels that run there.
         pin = self._device.type == "cpu" and torch.cuda.is_available()
-        noise = torch.empty(
-            (len(self._generators), *shape), device=self._device, pin_memory=pin
-        )
+        noise = torch.empty((len(self._generators), *shape), device=self._device, pin_memory=pin)
         for row, generator in zip(noise, self._generators, strict=True):
             row.normal_(generator=generator)
         return noise

@@ -1,0 +1,58 @@
+"""The command line: finds the command, and answers --help, --version and typos at once.
+
+Only the standard library is imported here; torch and Lightning wait until a command is known.
+"""
+
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+
+from ddpm_lightning import __version__
+
+COMMANDS = {
+    "fit": ("ddpm_lightning.cli:main", "train; with no option at all, on handwritten digits"),
+    "validate": ("ddpm_lightning.cli:main", "validation loss of a checkpoint"),
+    "test": ("ddpm_lightning.cli:main", "the same on the test split"),
+    "sample": ("ddpm_lightning.commands.sample:main", "turn noise into PNGs with a checkpoint"),
+}
+
+HELP = """usage: python -m ddpm_lightning COMMAND [OPTIONS]
+
+Train, sample and judge denoising diffusion probabilistic models.
+
+commands:
+{commands}
+
+options:
+  -h, --help     this text; COMMAND --help lists a command's options
+  --version      the version
+"""
+
+
+def main() -> int:
+    """Run the command that sys.argv names.
+
+    Returns:
+        The exit status: 0, or 2 for bad input.
+    """
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = (f"  {name:<14} {text}" for name, (_, text) in COMMANDS.items())
+        sys.stdout.write(HELP.format(commands="\n".join(lines)))
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        sys.stdout.write(f"ddpm_lightning {__version__}\n")
+        return 0
+    if arguments[0] not in COMMANDS:
+        near = get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        known = ", ".join(COMMANDS)
+        sys.stderr.write(f"error: no command {arguments[0]!r}{hint} (commands: {known})\n")
+        return 2
+    module, function = COMMANDS[arguments[0]][0].split(":")
+    status: int = getattr(import_module(module), function)()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""When checkpoints are written, and how: whole or not at all."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from ddpm_lightning.checkpoints import load_checkpoint
+from ddpm_lightning.data.datamodule import Batch
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.images import write_atomically
+from ddpm_lightning.module import DDPM
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write beside the target, then rename: whenever a process dies, the old file is whole.
+
+    Lightning's own writer goes through the system's temporary folder, from where a file may have
+    to be copied, and holds the whole file in memory first.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint, creating its folder."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+
+    def load_checkpoint(  # type: ignore[override]
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint; nothing in it is executed, whatever is asked for."""
+        return load_checkpoint(path, mmap=False)
+
+
+class Checkpoints(Checkpoint):
+    """Keep RUN/checkpoints/last.ckpt, step=N.ckpt and best.ckpt.
+
+    The last step is always saved. Files of the same step are one file under several names.
+
+    Args:
+        every_n_steps: Optimizer steps between refreshes of last.ckpt; 0 saves only at the end.
+        keep_every_n_steps: Optimizer steps between those kept for good, as step=N.ckpt; 0 keeps
+            only the final one.
+        monitor: best.ckpt is where this validation loss was lowest; without an average of the
+            weights, `val/loss` takes its place.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 500,
+        keep_every_n_steps: int = 500,
+        monitor: str = "val/loss_ema",
+    ) -> None:
+        if every_n_steps < 0 or keep_every_n_steps < 0:
+            raise InputError("checkpoints.every_n_steps and .keep_every_n_steps: at least 0")
+        self.every_n_steps = every_n_steps
+        self.keep_every_n_steps = keep_every_n_steps
+        self.monitor = monitor
+        self._lowest = float("inf")
+        self._step = 0
+        self._saved_step = -1
+
+    @staticmethod
+    def folder(trainer: Trainer) -> Path:
+        """Give the folder that a trainer's checkpoints go to."""
+        return Path(trainer.default_root_dir) / "checkpoints"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the lowest loss so far, which best.ckpt thus carries itself."""
+        return {"lowest": self._lowest}
+
+    def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:  # type: ignore[override]
+        """See what is there already: a resumed run must not replace a better best.ckpt."""
+        self._step = self._saved_step = trainer.global_step
+        best = self.folder(trainer) / "best.ckpt"
+        if best.exists():
+            self._lowest = load_checkpoint(best)["callbacks"][self.state_key]["lowest"]
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: DDPM, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Save where it is due; where validation follows at once, it is saved after that."""
+        stepped = trainer.global_step != self._step
+        self._step = trainer.global_step
+        if stepped and not self._validation_follows(trainer, batch_idx):
+            self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: DDPM) -> None:  # type: ignore[override]
+        """Save where it is due, and where the loss is the lowest yet."""
+        if trainer.sanity_checking or not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
+            return
+        metrics = trainer.callback_metrics
+        loss = metrics.get(self.monitor, metrics.get("val/loss"))
+        is_best = loss is not None and float(loss) < self._lowest
+        if is_best:
+            self._lowest = float(loss)
+        self._save_if_due(trainer, ["best"] if is_best else [])
+
+    def on_train_end(self, trainer: Trainer, pl_module: DDPM) -> None:  # type: ignore[override]
+        """Save the last step."""
+        if trainer.global_step:
+            self._save(trainer, ["last", f"step={trainer.global_step}"])
+
+    @staticmethod
+    def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
+        interval = trainer.val_check_batch
+        return trainer.enable_validation and bool(interval) and (batch_idx + 1) % interval == 0
+
+    def _save_if_due(self, trainer: Trainer, names: list[str] | None = None) -> None:
+        names = list(names or [])
+        step = trainer.global_step
+        if self.every_n_steps and step % self.every_n_steps == 0:
+            names.append("last")
+        if self.keep_every_n_steps and step % self.keep_every_n_steps == 0:
+            # last is written after it: the newest file is always last
+            names.append(f"step={step}")
+            names.append("last")
+        self._save(trainer, names)
+
+    def _save(self, trainer: Trainer, names: list[str]) -> None:
+        """Write one file, and give it its other names."""
+        if not names:
+            return
+        folder = self.folder(trainer)
+        first, *others = [folder / f"{name}.ckpt" for name in dict.fromkeys(names)]
+        trainer.save_checkpoint(first)
+        if trainer.is_global_zero:
+            for other in others:
+                _link(first, other)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name, replacing what had that name, atomically."""
+    part = target.with_name(f".{target.name}.part{os.getpid()}")
+    part.unlink(missing_ok=True)
+    try:
+        part.hardlink_to(source)
+    except OSError:  # a file system without hard links
+        write_atomically(part, lambda file: file.write(source.read_bytes()) and None)
+    part.replace(target)

@@ -1,0 +1,144 @@
+"""What a checkpoint file holds, how it is checked, and how a network is rebuilt from it.
+
+A checkpoint is Lightning's dictionary with three keys of ours: `hyper_parameters` (plain values that
+rebuild the module), `ema_state_dict` (`state_dict` holds the raw weights) and `format_version`.
+It loads with `weights_only=True`: nothing in the file is executed.
+"""
+
+import importlib
+import inspect
+import pickle
+from pathlib import Path
+from typing import Any, Literal
+from zipfile import BadZipFile
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_lightning.errors import InputError
+
+FORMAT_VERSION = 1
+
+Weights = Literal["ema", "raw"]
+
+
+def describe(net: nn.Module) -> dict[str, Any]:
+    """Describe a network by its class and constructor arguments, as plain values.
+
+    Args:
+        net: Keeps each constructor argument as an attribute of the same name.
+
+    Raises:
+        InputError: An argument is not kept.
+    """
+    cls = type(net)
+    arguments = {}
+    for name in inspect.signature(cls).parameters:
+        if not hasattr(net, name):
+            raise InputError(
+                f"{cls.__name__} must keep its constructor argument as self.{name}, so that a "
+                "checkpoint can rebuild it"
+            )
+        arguments[name] = getattr(net, name)
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
+
+
+def build(description: dict[str, Any]) -> nn.Module:
+    """Build the network that `describe` described, with fresh weights.
+
+    Raises:
+        InputError: The class cannot be imported, or is not a network.
+    """
+    module_name, _, class_name = str(description["class_path"]).rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"the checkpoint's network {description['class_path']} cannot be imported: {error}"
+        ) from error
+    # Anything may be named in a file; only networks are called.
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise InputError(f"{description['class_path']} is not a torch.nn.Module")
+    net: nn.Module = cls(**description["init_args"])
+    return net
+
+
+def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
+    """Read a checkpoint of this project.
+
+    Args:
+        path: The file.
+        mmap: Map the tensors from the file, so that only those that are used are read.
+
+    Raises:
+        InputError: There is no such file, or it is damaged, foreign or newer than this code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (RuntimeError, OSError, EOFError, ValueError, BadZipFile, pickle.PickleError) as error:
+        raise InputError(
+            f"{path}: not a whole checkpoint file ({_first_line(error)}); use another one, "
+            "such as the newest step=N.ckpt beside it"
+        ) from error
+    if not isinstance(checkpoint, dict) or "format_version" not in checkpoint:
+        raise InputError(f"{path}: not a ddpm_lightning checkpoint (it has no format_version)")
+    version = checkpoint["format_version"]
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format_version {version} is newer than this ddpm_lightning reads "
+            f"({FORMAT_VERSION}); upgrade it"
+        )
+    missing = {"state_dict", "hyper_parameters", "global_step"} - checkpoint.keys()
+    if missing:
+        raise InputError(f"{path}: the checkpoint lacks {', '.join(sorted(missing))}")
+    return checkpoint
+
+
+def select_weights(
+    checkpoint: dict[str, Any], weights: Weights, path: str | Path
+) -> dict[str, Tensor]:
+    """Take the EMA or the raw weights of a checkpoint.
+
+    Raises:
+        InputError: It holds no EMA weights.
+    """
+    if weights == "raw":
+        state: dict[str, Tensor] = checkpoint["state_dict"]
+    elif "ema_state_dict" in checkpoint:
+        state = checkpoint["ema_state_dict"]
+    else:
+        raise InputError(f"{path}: the run kept no EMA weights; ask for the raw ones")
+    return state
+
+
+def check_same_model(checkpoint: dict[str, Any], ours: dict[str, Any], path: str | Path) -> None:
+    """Refuse a checkpoint whose hyper-parameters are not ours, naming the first that differs.
+
+    Raises:
+        InputError: They differ.
+    """
+    theirs, mine = flatten(checkpoint["hyper_parameters"]), flatten(ours)
+    for key in sorted(theirs.keys() | mine.keys()):
+        if theirs.get(key) != mine.get(key):
+            raise InputError(
+                f"{path}: written with model.{key} = {theirs.get(key)}, but this command has "
+                f"{mine.get(key)}; give the run's own config.yaml with --config"
+            )
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Join the keys of nested dictionaries by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

@@ -1,0 +1,251 @@
+"""fit, validate and test: LightningCLI with run folders and one-line errors."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.tensorboard.summary import hparams
+
+from ddpm_lightning.callbacks import (
+    EMA,
+    AtomicCheckpointIO,
+    Checkpoints,
+    Curves,
+    Progress,
+    Samples,
+)
+from ddpm_lightning.checkpoints import check_same_model, flatten, load_checkpoint
+from ddpm_lightning.commands.shell import LineErrors, announce, run_command
+from ddpm_lightning.data.datamodule import ImageDataModule
+from ddpm_lightning.data.order import check_batch_size
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.module import DDPM
+from ddpm_lightning.runs import Run, choose_run, is_rank_zero
+
+# With the defaults in the signatures of DDPM, ImageDataModule, UNet and the callbacks, these are
+# the digits experiment.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_steps": 1500,
+    "max_epochs": -1,
+    "val_check_interval": 250,
+    "check_val_every_n_epoch": None,
+    "log_every_n_steps": 25,
+    "gradient_clip_val": 1.0,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,  # the order of the data is ours
+}
+
+
+class RunLogger(TensorBoardLogger):
+    """TensorBoard's events in the run's folder, and nothing else there."""
+
+    def save(self) -> None:
+        """Flush; Lightning's would write an hparams.yaml, but config.yaml holds all options."""
+        self.experiment.flush()
+
+    @rank_zero_only
+    def log_config(self, config: dict[str, Any]) -> None:
+        """Show the options under TensorBoard's TEXT and HPARAMS."""
+        text = yaml.safe_dump(config, sort_keys=False)
+        self.experiment.add_text("config", "    " + text.replace("\n", "\n    "))
+        plain = {
+            key: value if isinstance(value, int | float | bool) else str(value)
+            for key, value in flatten(config).items()
+        }
+        # names the metrics of the table without logging values for them
+        for summary in hparams(plain, dict.fromkeys(("train/loss", "val/loss", "val/loss_ema"), 0)):
+            self.experiment._get_file_writer().add_summary(summary)
+
+
+class Parser(LineErrors, LightningArgumentParser):
+    """LightningCLI's parser, with one-line errors."""
+
+
+class CLI(LightningCLI):
+    """Wires the parts together; each part's own signature says what its options are."""
+
+    run: Run | None = None
+    ckpt_path: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__(
+            DDPM,
+            ImageDataModule,
+            save_config_callback=None,  # it writes to the logger's folder; ours is known before
+            seed_everything_default=0,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_class=Parser,
+            parser_kwargs={"prog": "python -m ddpm_lightning"},
+            auto_configure_optimizers=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Give the commands, and the arguments of Trainer's methods that are not options."""
+        commands = LightningCLI.subcommands()
+        del commands["predict"]  # sample does that
+        return commands
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run's options and the callbacks that every run has."""
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="The run's folder; runs/EXPERIMENT/N with the next free N when left out.",
+        )
+        parser.add_argument(
+            "--experiment",
+            type=str | None,
+            default=None,
+            help="The experiment's name; the names of the --config files when left out.",
+        )
+        parser.add_lightning_class_args(EMA, "ema")
+        parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.set_defaults({"model.net": {"class_path": "ddpm_lightning.networks.UNet"}})
+        for part in ("model", "data"):
+            parser.link_arguments("seed_everything", f"{part}.seed", compute_fn=_check_seed)
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would let the checkpoint's hyper-parameters silently replace what was asked for.
+        pass
+
+    # --- before ------------------------------------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run's folder and say where it is, before anything else."""
+        config = self.config[self.subcommand]
+        if config.trainer.max_epochs != -1:
+            raise InputError(
+                "--trainer.max_epochs: training is counted in optimizer steps, say "
+                "--trainer.max_steps N (N x --data.batch_size images)"
+            )
+        config.experiment = config.experiment or _experiment_name(config.config)
+        if self.subcommand == "fit":
+            self.run, self.ckpt_path = choose_run(
+                config.run_dir, config.experiment, config.ckpt_path
+            )
+            if self.run is not None and is_rank_zero():
+                announce(f"run: {self.run.root}")
+        elif config.ckpt_path is None:
+            raise InputError(f"{self.subcommand} needs --ckpt_path FILE, or --ckpt_path last")
+        else:
+            wanted = "last" if config.ckpt_path == "auto" else config.ckpt_path
+            _, self.ckpt_path = choose_run(config.run_dir, config.experiment, wanted)
+        config.ckpt_path = self.ckpt_path
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the Trainer with this project's callbacks, its run folder as root."""
+        config = self.config_init[self.subcommand].trainer
+        callbacks = [Curves(), *([Progress()] if config.enable_progress_bar is not False else [])]
+        config.callbacks = [*callbacks, *(config.callbacks or [])]
+        config.plugins = [*_listed(config.plugins), AtomicCheckpointIO()]
+        if self.run is not None:
+            config.default_root_dir = str(self.run.root)
+        if config.logger is None or config.logger is True:
+            # events of steps after the checkpoint belong to the run that was cut off
+            purge_step = self.checkpoint["global_step"] + 1 if self.checkpoint else None
+            config.logger = self.run is not None and RunLogger(
+                self.run.root, name="", version="", default_hp_metric=False, purge_step=purge_step
+            )
+        return super().instantiate_trainer(**kwargs)
+
+    def instantiate_classes(self) -> None:
+        """Read the checkpoint's header first, so that a wrong one stops before any work."""
+        self.checkpoint = load_checkpoint(self.ckpt_path) if self.ckpt_path else None
+        super().instantiate_classes()
+
+    def _prepare(self) -> None:
+        """Check everything that can be checked before processes start and files are written."""
+        trainer, data = self.trainer, self.datamodule
+        check_batch_size(data.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
+        # Lightning counts micro-batches here
+        if isinstance(trainer.val_check_interval, int):
+            trainer.val_check_interval *= trainer.accumulate_grad_batches
+        data.prepare_data()
+        data.setup(self.subcommand)
+        self.model.check_images(data.image_shape)
+        if self.checkpoint is not None:
+            check_same_model(self.checkpoint, self.model.hyper_parameters(), self.ckpt_path or "")
+
+    def before_fit(self) -> None:
+        """Prepare, write config.yaml and say what is about to happen."""
+        self._prepare()
+        if not is_rank_zero() or self.run is None:
+            return
+        self._save_config(self.run)
+        channels, height, width = self.datamodule.image_shape
+        num_parameters = sum(p.numel() for p in self.model.net.parameters())
+        announce(
+            f"data: {self.datamodule.num_train:,} images of {channels}x{height}x{width} to train "
+            f"on, {self.datamodule.num_val:,} to validate\n"
+            f"network: {type(self.model.net).__name__}, {num_parameters:,} parameters, "
+            f"on {self.trainer.num_devices * self.trainer.num_nodes} x "
+            f"{self.trainer.strategy.root_device.type}"
+        )
+
+    before_validate = before_test = _prepare
+
+    # --- after -------------------------------------------------------------------------------
+
+    def after_fit(self) -> None:
+        """Say where everything is."""
+        if self.run is None or not self.trainer.is_global_zero:
+            return
+        samples = next(c for c in self.trainer.callbacks if isinstance(c, Samples))
+        announce(
+            f"run: {self.run.root}\n"
+            + (f"samples: {samples.latest}\n" if samples.latest else "")
+            + f"checkpoint: {self.run.checkpoints / 'last.ckpt'}\n"
+            f"curves: {Path(sys.executable).parent / 'tensorboard'} --logdir {self.run.root}\n"
+            f"more samples: python -m ddpm_lightning sample {self.run.checkpoints / 'last.ckpt'}"
+        )
+
+    def after_validate(self) -> None:
+        """Print the losses."""
+        if self.trainer.is_global_zero:
+            metrics = self.trainer.callback_metrics
+            announce("\n".join(f"{name}: {float(value):.6f}" for name, value in metrics.items()))
+
+    after_test = after_validate
+
+    def _save_config(self, run: Run) -> None:
+        """Write config.yaml; a run that goes on with other options keeps both files."""
+        config = self.config[self.subcommand].clone()
+        config.run_dir = config.ckpt_path = config.config = None
+        text = self._subcommand_parsers[str(self.subcommand)].dump(config, skip_none=False)
+        path = run.config
+        if path.exists() and path.read_text() != text:
+            step = 0 if self.checkpoint is None else self.checkpoint["global_step"]
+            path = path.with_name(f"config.step={step}.yaml")
+        path.write_text(text)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.log_config(yaml.safe_load(text))
+
+
+def _experiment_name(configs: list[Any] | None) -> str:
+    """Join the names of the --config files; without any, it is the digits experiment."""
+    return "+".join(Path(str(config)).stem for config in configs or []) or "digits"
+
+
+def _check_seed(seed: int | bool) -> int:
+    if isinstance(seed, bool):
+        raise ValueError("give a number: it keys every draw of the run")
+    return seed
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def main() -> int:
+    """Run fit, validate or test."""
+    return run_command(CLI)

@@ -1,0 +1,282 @@
+"""DDPM: wires data, process, network and sampler together; the mathematics is elsewhere."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim.lr_scheduler import LambdaLR
+
+from ddpm_lightning import checkpoints
+from ddpm_lightning.checkpoints import Weights
+from ddpm_lightning.data.datamodule import Batch
+from ddpm_lightning.diffusion.objectives import simple_loss
+from ddpm_lightning.diffusion.process import Process, Variance
+from ddpm_lightning.diffusion.schedules import Schedule, make_betas
+from ddpm_lightning.diffusion.timesteps import draw_timesteps
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.images import to_float, to_uint8
+from ddpm_lightning.randomness import NUM_SEEDS, NoiseStreams, Stream, hash_indices
+from ddpm_lightning.samplers import Sampler, SamplerName, Step, make_sampler
+
+VALIDATION_SEED = 20200619
+"""Keys validation's t and noise: the same in every run, so that curves can be compared."""
+
+
+class DDPM(LightningModule):
+    """A denoising diffusion probabilistic model (Ho, Jain, Abbeel 2020).
+
+    Args:
+        net: epsilon_theta; maps (x_t, t) to an output shaped like x_t, and keeps its constructor's
+            arguments as attributes of the same names.
+        schedule: The betas' schedule (see `make_betas`).
+        num_timesteps: T, at least 1.
+        beta_start: First beta; the cosine schedule has none.
+        beta_end: Last beta; the cosine schedule has none.
+        variance: sigma_t^2 of the reverse process (Ho et al. 2020, section 3.2).
+        optimizer: Makes the optimizer from the parameters.
+        lr_warmup_steps: The learning rate grows linearly from 0 over so many steps.
+        image_shape: (C, H, W) of the images; taken from the data module when None.
+        seed: Keys t, noise and dropout in training.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        schedule: Schedule = "linear",
+        num_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        variance: Variance = "fixed_large",
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
+        lr_warmup_steps: int = 100,
+        image_shape: tuple[int, int, int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if lr_warmup_steps < 0:
+            raise InputError(f"lr_warmup_steps must be at least 0, got {lr_warmup_steps}")
+        self.net = net
+        self.process = Process(make_betas(schedule, num_timesteps, beta_start, beta_end), variance)
+        self.image_shape = None if image_shape is None else tuple(image_shape)
+        self.grad_norm: Tensor | None = None
+        self._optimizer = optimizer
+        self._lr_warmup_steps = lr_warmup_steps
+        self._seed = seed
+        self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in net.modules())
+        self._description = {
+            "net": checkpoints.describe(net),
+            "schedule": schedule,
+            "num_timesteps": num_timesteps,
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "variance": variance,
+        }
+        # The tables are constants: DDP need not broadcast them at every step.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"process.{name}" for name, _ in self.process.named_buffers()
+        ]
+
+    # --- checkpoints ---------------------------------------------------------------------------
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, weights: Weights = "ema") -> "DDPM":
+        """Rebuild the module and its network from a checkpoint alone, in eval mode on the CPU.
+
+        Args:
+            path: A .ckpt file that `fit` wrote.
+            weights: The moving average, or the raw weights of that step.
+
+        Raises:
+            InputError: The file is missing, damaged, foreign, or has no such weights.
+        """
+        checkpoint = checkpoints.load_checkpoint(path)
+        state = checkpoints.select_weights(checkpoint, weights, path)
+        arguments = dict(checkpoint["hyper_parameters"])
+        try:
+            module = cls(checkpoints.build(arguments.pop("net")), **arguments)
+            module.load_state_dict(state)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise InputError(f"{path}: does not describe a model whole: {error}") from error
+        return module.eval()
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Give the plain values that rebuild this module without its optimizer."""
+        shape = None if self.image_shape is None else list(self.image_shape)
+        return {**self._description, "image_shape": shape}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what `from_checkpoint` needs."""
+        checkpoint["hyper_parameters"] = self.hyper_parameters()
+        checkpoint["format_version"] = checkpoints.FORMAT_VERSION
+
+    # --- noise to images -----------------------------------------------------------------------
+
+    def sample(
+        self,
+        seeds: Sequence[int],
+        sampler: SamplerName | Sampler = "ddpm",
+        num_steps: int | None = None,
+        batch_size: int = 64,
+    ) -> Tensor:
+        """Turn seeds into images.
+
+        Args:
+            seeds: One per image, each in [0, 2^32). An image is a function of the weights, the
+                sampler and its own seed; others in the batch do not matter but for rounding.
+            sampler: Its name, or a `Sampler` for the less usual options.
+            num_steps: Network evaluations per image, for a sampler given by name; None is its
+                default (ddpm: all timesteps, ddim: 50).
+            batch_size: Images at a time.
+
+        Returns:
+            uint8 [N, C, H, W] on the CPU.
+        """
+        if not isinstance(sampler, Sampler):
+            sampler = make_sampler(sampler, num_steps)
+        batches = []
+        for start in range(0, len(seeds), batch_size):
+            *_, last = self.denoise(seeds[start : start + batch_size], sampler)
+            batches.append(to_uint8(last.x_prev).cpu())
+        return torch.cat(batches)
+
+    @torch.no_grad()
+    def denoise(self, seeds: Sequence[int], sampler: Sampler) -> Iterator[Step]:
+        """Run one batch of seeds through the reverse process, yielding every step of the chain.
+
+        The network is in eval mode meanwhile. No global random state is read or changed.
+        """
+        if self.image_shape is None:
+            raise InputError("image_shape is not known yet: give it to DDPM, or fit first")
+        if not all(0 <= seed < NUM_SEEDS for seed in seeds):
+            raise InputError(f"seeds must lie in 0..{NUM_SEEDS - 1}")
+        # On the CPU, so that a seed means the same picture on any kind of device.
+        streams = NoiseStreams(seeds, torch.device("cpu"))
+        shape = self.image_shape
+
+        def draw() -> Tensor:
+            return streams.normal(shape).to(self.device, self._noising_dtype, non_blocking=True)
+
+        was_training = self.net.training
+        self.net.eval()
+        try:
+            yield from sampler(self, self.process, draw)
+        finally:
+            self.net.train(was_training)
+
+    # --- images to loss ------------------------------------------------------------------------
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Run the network at its own precision: float [N, C, H, W], int64 [N] -> [N, C, H, W]."""
+        output: Tensor = self.net(x_t.to(self._net_dtype), t)
+        return output.to(x_t.dtype)
+
+    def losses(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
+        """Noise a batch at random timesteps and take the loss of each image.
+
+        Args:
+            batch: Images uint8 [N, C, H, W], and the positions that key their draws.
+            seed: The draws' other key.
+
+        Returns:
+            Losses, float [N], and timesteps, int64 [N].
+        """
+        x_0 = to_float(batch.images, self._noising_dtype)
+        t = draw_timesteps(seed, batch.positions, self.process.num_timesteps).to(self.device)
+        noise_seeds = hash_indices(seed, Stream.NOISE, batch.positions)
+        noise = NoiseStreams(noise_seeds, self.device).normal(x_0.shape[1:]).to(x_0.dtype)
+        return simple_loss(self, self.process, x_0, t, noise), t
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Give the loss, and its parts for the callbacks: `losses` [N] and `t` [N]."""
+        if self._has_dropout:
+            torch.manual_seed(self._dropout_seed(batch_idx))
+        losses, t = self.losses(batch, self._seed)
+        return {"loss": losses.mean(), "losses": losses.detach(), "t": t}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Give the loss of each image at its fixed t and noise, float [N]."""
+        return self.losses(batch, VALIDATION_SEED)[0]
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Give the loss of each image of the test split, as `validation_step` does."""
+        return self.validation_step(batch, batch_idx)
+
+    # --- the Trainer's questions ---------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Take the image shape from the data module and see that the network can take it."""
+        if self.trainer.datamodule is not None:
+            self.check_images(self.trainer.datamodule.image_shape)
+
+    def check_images(self, image_shape: tuple[int, int, int]) -> None:
+        """Settle on an image shape; the network is run once on it, without computing anything.
+
+        Raises:
+            InputError: The network cannot take it, or gives back another shape.
+        """
+        x = torch.empty(1, *image_shape, device="meta", dtype=self._net_dtype)
+        t = torch.zeros(1, device="meta", dtype=torch.int64)
+        weights = {name: value.to("meta") for name, value in self.net.state_dict().items()}
+        size = "x".join(map(str, image_shape))
+        try:
+            output = functional_call(self.net, weights, (x, t))
+        except InputError as error:
+            raise InputError(f"images of {size}: {error} (--data.image_size)") from error
+        except RuntimeError as error:
+            raise InputError(f"{self._misfit(size, image_shape[0])} ({error})") from error
+        if output.shape != x.shape:
+            raise InputError(self._misfit(size, image_shape[0]))
+        self.image_shape = image_shape
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Warm the learning rate up linearly; the first update has rate 0, as the authors' has."""
+        optimizer = self._optimizer(self.net.parameters())
+        num_steps = self._lr_warmup_steps
+
+        def factor(step: int) -> float:
+            return min(step / num_steps, 1.0) if num_steps else 1.0
+
+        schedule = {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip at the global norm, and keep the norm before clipping for the curves."""
+        if gradient_clip_algorithm == "value":
+            raise InputError("--trainer.gradient_clip_algorithm: only norm is supported")
+        limit = float("inf") if gradient_clip_val is None else gradient_clip_val
+        self.grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+
+    # --- helpers -------------------------------------------------------------------------------
+
+    @property
+    def _net_dtype(self) -> torch.dtype:
+        return next(self.net.parameters()).dtype
+
+    @property
+    def _noising_dtype(self) -> torch.dtype:
+        # float32 under any reduced precision: in bfloat16 small betas vanish
+        return torch.float64 if self._net_dtype == torch.float64 else torch.float32
+
+    def _dropout_seed(self, batch_idx: int) -> int:
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        key = int(hash_indices(self._seed, Stream.DROPOUT, [self.global_step])[0])
+        key = int(hash_indices(key, Stream.DROPOUT, [self.global_rank])[0])
+        return int(hash_indices(key, Stream.DROPOUT, [micro_batch])[0]) >> 1  # fits int64
+
+    @staticmethod
+    def _misfit(size: str, channels: int) -> str:
+        return (
+            f"the network does not map images of {size} to their own shape; give it "
+            f"--model.net.in_channels {channels} --model.net.out_channels {channels}, "
+            "or change --data.channels"
+        )

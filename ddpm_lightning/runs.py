@@ -1,0 +1,108 @@
+"""Run folders: where a run keeps its files, and which run an option means."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddpm_lightning.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder: config.yaml, checkpoints/, samples/ and TensorBoard's events."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The options that the run was started with."""
+        return self.root / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Holds last.ckpt, best.ckpt and step=N.ckpt."""
+        return self.root / "checkpoints"
+
+    def newest_checkpoint(self) -> Path | None:
+        """Give the checkpoint that was written last, or None."""
+        files = [path for path in self.checkpoints.glob("*.ckpt") if path.name != "best.ckpt"]
+        return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def is_rank_zero() -> bool:
+    """Tell whether this process is the first of its job, before any process group exists."""
+    ranks = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
+    return all(os.environ.get(name, "0") == "0" for name in ranks)
+
+
+def numbered_runs(experiment_dir: Path) -> list[Run]:
+    """Give the runs EXPERIMENT/N in the order of their numbers."""
+    if not experiment_dir.is_dir():
+        return []
+    folders = [path for path in experiment_dir.iterdir() if path.name.isdigit()]
+    return [Run(path) for path in sorted(folders, key=lambda path: int(path.name))]
+
+
+def new_run(experiment_dir: Path) -> Run:
+    """Create EXPERIMENT/N with the next free number; two that ask at once get two folders."""
+    while True:
+        runs = numbered_runs(experiment_dir)
+        number = int(runs[-1].root.name) + 1 if runs else 1
+        root = experiment_dir / str(number)
+        try:
+            root.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return Run(root)
+
+
+def choose_run(
+    run_dir: str | None, experiment: str, ckpt_path: str | None
+) -> tuple[Run | None, str | None]:
+    """Find out which folder a run goes to and which checkpoint it goes on from.
+
+    Args:
+        run_dir: `--run_dir`; None for the next number under runs/EXPERIMENT.
+        experiment: The experiment's name.
+        ckpt_path: `last` goes on in the folder of the newest checkpoint, `auto` does so where
+            there is one, a file starts a new run from it, None starts afresh.
+
+    Returns:
+        The run (None on other ranks than 0 when it is new: only rank 0 writes to it), and the
+        checkpoint's path.
+
+    Raises:
+        InputError: The folder is not empty, or there is no such checkpoint.
+    """
+    experiment_dir = Path("runs") / experiment
+    goes_on = ckpt_path in ("last", "auto")
+    if goes_on:
+        candidates = [Run(Path(run_dir))] if run_dir else numbered_runs(experiment_dir)[::-1]
+        for run in candidates:
+            newest = run.newest_checkpoint()
+            if newest is not None:
+                return run, str(newest)
+        if ckpt_path == "last":
+            raise InputError(
+                f"--ckpt_path last: no checkpoint under {run_dir or experiment_dir}; "
+                "give --run_dir, or start afresh with --ckpt_path auto"
+            )
+        ckpt_path = None
+    if ckpt_path is not None and not Path(ckpt_path).is_file():
+        raise InputError(f"--ckpt_path {ckpt_path}: no such file (or say last, or auto)")
+    if not is_rank_zero():
+        return None, ckpt_path
+    if run_dir is None:
+        return new_run(experiment_dir), ckpt_path
+    root = Path(run_dir)
+    # A run that died before its first checkpoint is begun again in its own folder.
+    if root.exists() and not goes_on and (not root.is_dir() or any(root.iterdir())):
+        raise InputError(
+            f"--run_dir {run_dir}: already there, and nothing is overwritten; choose another, "
+            "or go on in it with --ckpt_path last"
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    return Run(root), ckpt_path
