@@ -5,6 +5,7 @@ rebuild the module), `ema_state_dict` (`state_dict` holds the raw weights) and `
 It loads with `weights_only=True`: nothing in the file is executed.
 """
 
+import hashlib
 import importlib
 import inspect
 import pickle
@@ -95,6 +96,12 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     if missing:
         raise InputError(f"{path}: the checkpoint lacks {', '.join(sorted(missing))}")
     return checkpoint
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hash a file's content."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def select_weights(

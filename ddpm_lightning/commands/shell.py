@@ -78,6 +78,13 @@ class LineErrors(ArgumentParser):
         return f"; did you mean --{near[0]}?" if near else ""
 
 
+def parse_options(command: Callable[..., object], name: str) -> dict[str, Any]:
+    """Read sys.argv by a command's signature and docstring, which thus are its --help."""
+    parser = LineErrors(prog=f"python -m ddpm_lightning {name}", usage="%(prog)s [options]")
+    parser.add_function_arguments(command, as_group=False, as_positional=True)
+    return dict(parser.parse_args(sys.argv[2:]).as_dict())
+
+
 def _option_names(parser: Any) -> list[str]:
     return [
         option.removeprefix("--") for action in parser._actions for option in action.option_strings

@@ -1,0 +1,292 @@
+"""`sample`: turn seeds into PNGs, a grid and an animation with a checkpoint."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ddpm_lightning.callbacks.progress import bar_options
+from ddpm_lightning.checkpoints import Weights, file_sha256
+from ddpm_lightning.commands.shell import announce, parse_options, run_command
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.images import decode, make_grid, to_uint8, write_atomically, write_gif, write_png
+from ddpm_lightning.module import DDPM
+from ddpm_lightning.randomness import NUM_SEEDS
+from ddpm_lightning.runs import is_rank_zero
+from ddpm_lightning.samplers import Sampler, SamplerName, make_sampler
+
+GRID_IMAGES = 64
+GIF_FRAMES = 50
+
+Format = Literal["png", "npz"]
+
+
+def sample(
+    checkpoint: str,
+    num_images: int | None = None,
+    seeds: str | None = None,
+    sampler: SamplerName = "ddpm",
+    num_steps: int | None = None,
+    eta: float | None = None,
+    weights: Weights = "ema",
+    out: str | None = None,
+    format: Format = "png",
+    gif: bool = False,
+    batch_size: int = 64,
+    accelerator: str = "auto",
+    devices: str = "auto",
+    num_nodes: int = 1,
+) -> None:
+    """Turn noise into images.
+
+    Writes OUT/000000.png and so on, named by seed, and OUT/grid.png. An interrupted run goes on
+    where it stopped when the same command is given again.
+
+    Args:
+        checkpoint: A .ckpt file of a run.
+        num_images: Images from seeds 0, 1, ...; 64 when neither this nor seeds is given.
+        seeds: The seeds instead, such as 0-63 or 3,7,100-120.
+        sampler: ddpm (ancestral) or ddim.
+        num_steps: Network evaluations per image; ddpm takes all timesteps, ddim 50.
+        eta: Share of fresh noise for ddim, from 0 (deterministic, the default) to 1.
+        weights: The moving average, or the raw weights.
+        out: The output folder; samples/CHECKPOINT-WEIGHTS-SAMPLER-STEPS beside the checkpoint's
+            run when left out.
+        format: png writes a file per image; npz one samples.npz with arr_0, uint8 [N, H, W, C].
+        gif: Also write OUT/denoising.gif, the first images' way from noise.
+        batch_size: Images at a time on each device.
+        accelerator: As Lightning's Trainer has it: auto, cpu, gpu, ...
+        devices: Number of devices, or auto.
+        num_nodes: Number of machines.
+    """
+    wanted = parse_seeds(seeds, num_images)
+    if batch_size < 1:
+        raise InputError(f"--batch_size must be at least 1, got {batch_size}")
+    chosen = make_sampler(sampler, num_steps, eta)
+    model = DDPM.from_checkpoint(checkpoint, weights)
+    chosen.respace(model.process)  # refuses a number of steps that the schedule does not have
+    folder = Path(out) if out else _default_folder(Path(checkpoint), weights, chosen, model)
+    settings = {
+        "checkpoint": {"path": str(checkpoint), "sha256": file_sha256(checkpoint)},
+        "weights": weights,
+        "sampler": {"name": sampler, **asdict(chosen)},  # type: ignore[call-overload]
+        "seeds": seeds_to_text(wanted),
+        "batch_size": batch_size,
+        "format": format,
+        "gif": gif,
+    }
+    if is_rank_zero():
+        _claim(folder, settings)
+    if (folder / "samples.npz").exists():
+        announce(f"samples: {folder} (they were there already)")
+        return
+    trainer = Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    task = SampleTask(model, chosen, wanted, batch_size, folder, gif)
+    trainer.predict(task, return_predictions=False)
+    if trainer.is_global_zero:
+        _finish(folder, wanted, format)
+        announce(f"samples: {folder}\ngrid: {folder / 'grid.png'}")
+
+
+class SampleTask(LightningModule):
+    """One pass of a Trainer over batches of seeds, dealt to the ranks in turn.
+
+    Args:
+        model: The model, its weights chosen.
+        sampler: The sampler.
+        seeds: All of them; batches are the same whatever has been done already, so that a run that
+            goes on gives the same bits.
+        batch_size: Seeds in a batch.
+        folder: Where the PNGs go.
+        gif: Keep the first batch's chain as an animation.
+    """
+
+    def __init__(
+        self,
+        model: DDPM,
+        sampler: Sampler,
+        seeds: Sequence[int],
+        batch_size: int,
+        folder: Path,
+        gif: bool,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._sampler = sampler
+        self._batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
+        self._folder = folder
+        self._gif = gif
+        self._bar: tqdm[Any] | None = None
+
+    def predict_dataloader(self) -> DataLoader[Sequence[int]]:
+        """Give this rank's batches that are not on disk yet."""
+        share = self._batches[self.global_rank :: self.trainer.world_size]
+        todo = [batch for batch in share if not self._is_done(batch)]
+        num_steps = self._sampler.count_steps(self.model.process)
+        self._bar = tqdm(
+            total=sum(map(len, share)),
+            initial=sum(map(len, share)) - sum(map(len, todo)),
+            desc=f"sampling ({num_steps} steps an image)",
+            unit="image",
+            disable=not self.trainer.is_global_zero,
+            bar_format="{desc} {n:.0f}/{total} |{bar}| {elapsed}<{remaining}, {rate_fmt}",
+            **bar_options(),
+        )
+        return DataLoader(todo, batch_size=None)  # type: ignore[arg-type]
+
+    def predict_step(self, seeds: Sequence[int], batch_idx: int) -> None:
+        """Sample a batch and write it; the bar advances with every step of the chain."""
+        assert self._bar is not None
+        num_steps = self._sampler.count_steps(self.model.process)
+        frames = _Frames(num_steps) if self._shows(seeds) else None
+        step = None
+        for step in self.model.denoise(seeds, self._sampler):
+            self._bar.update(len(seeds) / num_steps)
+            if frames is not None:
+                frames.add(step.x_prev)
+        assert step is not None
+        if frames is not None:
+            write_gif(self._folder / "denoising.gif", frames.kept)
+        for seed, image in zip(seeds, to_uint8(step.x_prev), strict=True):
+            write_png(_path(self._folder, seed), image)
+
+    def on_predict_end(self) -> None:
+        """Wait for the other ranks' files."""
+        if self._bar is not None:
+            self._bar.close()
+        self.trainer.strategy.barrier()
+
+    def _shows(self, seeds: Sequence[int]) -> bool:
+        return self._gif and seeds[0] == self._batches[0][0]
+
+    def _is_done(self, seeds: Sequence[int]) -> bool:
+        if self._shows(seeds) and not (self._folder / "denoising.gif").exists():
+            return False
+        return all(_path(self._folder, seed).exists() for seed in seeds)
+
+
+class _Frames:
+    """Keeps some of a chain's states as grids, the last one among them."""
+
+    def __init__(self, num_steps: int) -> None:
+        self.kept: list[Tensor] = []
+        self._num_steps = num_steps
+        self._index = 0
+
+    def add(self, x: Tensor) -> None:
+        left = self._num_steps - 1 - self._index
+        if left % max(1, self._num_steps // GIF_FRAMES) == 0:
+            self.kept.append(make_grid(to_uint8(x[:GRID_IMAGES]).cpu()))
+        self._index += 1
+
+
+def parse_seeds(seeds: str | None, num_images: int | None) -> list[int]:
+    """Read a list of seeds such as 0-63 or 3,7,100-120.
+
+    Raises:
+        InputError: It is none, is empty, names a seed twice, or disagrees with num_images.
+    """
+    if seeds is None:
+        if num_images is not None and num_images < 1:
+            raise InputError(f"--num_images must be at least 1, got {num_images}")
+        return list(range(num_images or GRID_IMAGES))
+    result: list[int] = []
+    for part in seeds.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise InputError(f"--seeds {seeds}: say something like 0-63 or 3,7,100-120")
+        result += range(int(first), int(last or first) + 1)
+    if not result or len(set(result)) < len(result) or max(result) >= NUM_SEEDS:
+        raise InputError(f"--seeds {seeds}: each seed once, from 0 to {NUM_SEEDS - 1}")
+    if num_images not in (None, len(result)):
+        raise InputError(f"--seeds names {len(result)} images, --num_images {num_images}: one will do")
+    return result
+
+
+def seeds_to_text(seeds: Sequence[int]) -> str:
+    """Write seeds as the ranges that `parse_seeds` reads."""
+    ranges: list[list[int]] = []
+    for seed in seeds:
+        if ranges and seed == ranges[-1][1] + 1:
+            ranges[-1][1] = seed
+        else:
+            ranges.append([seed, seed])
+    return ",".join(f"{a}-{b}" if a < b else str(a) for a, b in ranges)
+
+
+def _path(folder: Path, seed: int) -> Path:
+    return folder / f"{seed:06d}.png"
+
+
+def _default_folder(checkpoint: Path, weights: Weights, sampler: Sampler, model: DDPM) -> Path:
+    name = type(sampler).__name__.removesuffix("Sampler").lower()
+    steps = sampler.count_steps(model.process)
+    return checkpoint.parent.parent / "generated" / f"{checkpoint.stem}-{weights}-{name}-{steps}"
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Note what the folder holds; refuse one that holds something else.
+
+    Raises:
+        InputError: It holds samples of other settings, or other files.
+    """
+    record = folder / "settings.json"
+    if record.exists():
+        there = json.loads(record.read_text())
+        differing = [key for key in settings if there.get(key) != settings[key]]
+        if differing:
+            key = differing[0]
+            raise InputError(
+                f"--out {folder}: holds samples with {key} {there.get(key)}, not {settings[key]}; "
+                "choose another folder"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise InputError(f"--out {folder}: not empty, and nothing is overwritten; choose another")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(settings, indent=2)
+        write_atomically(record, lambda file: file.write(text.encode()) and None)
+
+
+def _finish(folder: Path, seeds: Sequence[int], format: Format) -> None:
+    """Lay out the grid; for npz, gather the images in one file and remove theirs."""
+    images = _iterate(folder, seeds)
+    first = torch.stack([image for image, _ in zip(images, range(GRID_IMAGES), strict=False)])
+    write_png(folder / "grid.png", make_grid(first))
+    if format == "npz":
+        arrays = torch.stack(list(_iterate(folder, seeds))).permute(0, 2, 3, 1).numpy()
+        write_atomically(
+            folder / "samples.npz",
+            lambda file: np.savez(file, arr_0=arrays, seeds=np.array(seeds)),
+        )
+        for seed in seeds:
+            _path(folder, seed).unlink()
+
+
+def _iterate(folder: Path, seeds: Sequence[int]) -> Iterator[Tensor]:
+    for seed in seeds:
+        pixels = decode(_path(folder, seed).read_bytes(), size=None, channels=None)
+        yield torch.from_numpy(pixels.copy())
+
+
+def main() -> int:
+    """Run `sample` with the options of sys.argv."""
+    options = parse_options(sample, "sample")
+    return run_command(lambda: sample(**options))

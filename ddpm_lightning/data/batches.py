@@ -1,0 +1,102 @@
+"""Batches as the network gets them: uint8 images and the positions that key their random draws."""
+
+import hashlib
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ddpm_lightning.data.cache import CachedImages
+from ddpm_lightning.data.order import GlobalOrder, Indices
+from ddpm_lightning.images import Pixels
+from ddpm_lightning.randomness import Stream, hash_indices
+
+
+class Batch(NamedTuple):
+    """Images and what keys their random draws.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        positions: int64 [N]: places in the run's order (training), or in the split (else). They
+            stay on the host: Lightning moves tensors only.
+    """
+
+    images: Tensor
+    positions: NDArray[np.int64]
+
+
+class ImageSet:
+    """Some of the images of a decoded split.
+
+    Args:
+        cached: The split.
+        rows: Which of its images, ascending int64; all when None.
+    """
+
+    def __init__(self, cached: CachedImages, rows: Indices | None = None) -> None:
+        self.cached = cached
+        self._rows = np.arange(cached.shape[0]) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, indices: Indices) -> Pixels:
+        """Copy the images at `indices`, int64 [n] in [0, len), as uint8 [n, C, H, W]."""
+        pixels: Pixels = self.cached.images[self._rows[indices]]
+        return pixels
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.cached.shape[1:]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digits that tell these images, in this order, from any others."""
+        if len(self) == self.cached.shape[0]:
+            return self.cached.sha256
+        rows = self._rows.astype("<i8").tobytes()
+        return hashlib.sha256(self.cached.sha256.encode() + rows).hexdigest()
+
+
+class TrainingBatches(Dataset[Batch]):
+    """Images by position in the run's global order.
+
+    Args:
+        images: The training set.
+        seed: The run's seed.
+        flip: Mirror every second image, on average, left to right.
+    """
+
+    def __init__(self, images: ImageSet, seed: int, flip: bool) -> None:
+        self._images = images
+        self._order = GlobalOrder(len(images), seed)
+        self._seed = seed
+        self._flip = flip
+
+    def __getitems__(self, positions: Indices) -> Batch:
+        """Make the batch of `positions`: a pure function of them and the seed."""
+        pixels = self._images[self._order.indices(positions)]
+        if self._flip:
+            mirrored = hash_indices(self._seed, Stream.FLIP, positions) >> np.uint64(63) == 1
+            pixels[mirrored] = pixels[mirrored][..., ::-1]
+        return Batch(torch.from_numpy(pixels), positions)
+
+
+class PlainBatches(Dataset[Batch]):
+    """Images by place in their split, as they are.
+
+    Args:
+        images: The validation or test set.
+    """
+
+    def __init__(self, images: ImageSet) -> None:
+        self._images = images
+
+    def __getitems__(self, positions: Indices) -> Batch:
+        """Make the batch of `positions`."""
+        return Batch(torch.from_numpy(self._images[positions]), positions)

@@ -1,0 +1,175 @@
+"""Data sets that the `datasets` library reads: Parquet and Arrow files, saved ones, the hub.
+
+Its images are taken undecoded, so that the one rule in `images.convert` holds for every source.
+The library is imported where it is used: it takes a second that other sources need not wait.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ddpm_lightning.data.items import Source, SplitName, file_stamp, find_splits, fingerprint
+from ddpm_lightning.errors import InputError
+
+SUFFIXES = (".parquet", ".arrow")
+"""What files of rows end in, in lower or upper case."""
+
+_PREFERRED_COLUMNS = ("image", "img")
+_HUB_TIMEOUT = 10.0  # seconds until the hub counts as out of reach
+
+
+class Rows:
+    """A split made of the rows of a table.
+
+    Args:
+        table: A `datasets.Dataset` with one column of undecoded images.
+        column: Its name.
+        split: What the data set calls the split.
+    """
+
+    def __init__(self, table: Any, column: str, split: str) -> None:
+        self._table = table
+        self._column = column
+        self._split = split
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> bytes:
+        image = self._table[index][self._column]
+        if image is None:
+            raise ValueError("the row has no image")
+        data: bytes | None = image["bytes"]
+        return Path(image["path"]).read_bytes() if data is None else data
+
+    def name(self, index: int) -> str:
+        """The row and the split it is in."""
+        return f"row {index} of split {self._split}"
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of a `Dataset` or a `DatasetDict` wrote this folder."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
+    )
+
+
+def open_saved(source: str, folder: Path) -> Source:
+    """Open a folder that `save_to_disk` wrote; a `Dataset` without splits is the training split."""
+    import datasets
+
+    return _to_source(source, _load(source, lambda: datasets.load_from_disk(str(folder))))
+
+
+def open_folder(source: str, folder: Path) -> Source:
+    """Open a folder of Parquet or Arrow files, whose names tell the splits (`test-0.parquet`)."""
+    import datasets
+
+    return _to_source(source, _load(source, lambda: datasets.load_dataset(str(folder))))
+
+
+def open_file(source: str, file: Path) -> Source:
+    """Open one Parquet or Arrow file as the training split."""
+    import datasets
+
+    builder = file.suffix.lower()[1:]
+    loaded = _load(source, lambda: datasets.load_dataset(builder, data_files=str(file)))
+    return _to_source(source, loaded)
+
+
+def open_hub(source: str, hint: str) -> Source:
+    """Open a data set of the Hugging Face hub, or its copy in the hub's cache on this machine.
+
+    Args:
+        source: Its name there, such as "cifar10" or "owner/name".
+        hint: A clause to put into the message where there is none.
+
+    Raises:
+        InputError: The hub does not have it; or the hub is out of reach, and there is no copy.
+    """
+    import datasets
+
+    # load_dataset tries for 24 seconds to reach a hub that is not there. Told that it is offline,
+    # it looks for what it has downloaded before, at once.
+    reason = _why_out_of_reach(source)
+    offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = offline or bool(reason)
+    try:
+        return _to_source(source, _load(source, lambda: datasets.load_dataset(source), hint))
+    except ConnectionError as error:
+        raise InputError(
+            f"--data.source {source} is no folder here{hint}, and the Hugging Face hub is out of "
+            f"reach ({reason or _one_line(error)}); give a folder, or connect to the network"
+        ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+
+
+def _why_out_of_reach(source: str) -> str:
+    """Ask the hub once; "" if it answers, whatever the answer."""
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(source, timeout=_HUB_TIMEOUT)
+    except HfHubHTTPError:
+        return ""
+    except Exception as error:  # whatever the hub's HTTP library of the day raises
+        return _one_line(error)
+    return ""
+
+
+def _load(source: str, load: Callable[[], Any], hint: str = "") -> Any:
+    try:
+        return load()
+    except ConnectionError:
+        raise
+    except Exception as error:  # builders raise whatever a malformed file leads to
+        raise InputError(
+            f"--data.source {source} cannot be loaded{hint}: {_one_line(error)}"
+        ) from error
+
+
+def _to_source(source: str, loaded: Any) -> Source:
+    """Take the images of a `datasets.Dataset` or `datasets.DatasetDict`."""
+    import datasets
+
+    tables = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+    splits: dict[SplitName, Rows] = {}
+    stamps = []
+    for split, name in find_splits(source, tables).items():
+        if not len(table := tables[name]):
+            continue
+        column = _image_column(source, table.features)
+        undecoded = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        splits[split] = Rows(undecoded, column, name)
+        # The path of a downloaded or converted file holds a hash of where it came from.
+        files = [Path(file["filename"]).resolve() for file in table.cache_files]
+        stamps.append([split, column, [file_stamp(file) for file in files]])
+    if "train" not in splits:
+        raise InputError(
+            f"--data.source {source} has no rows in a split train, but {', '.join(tables)}"
+        )
+    return Source(source, fingerprint(["table", stamps]), splits)
+
+
+def _image_column(source: str, features: Any) -> str:
+    import datasets
+
+    columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if not columns:
+        raise InputError(
+            f"--data.source {source} has no column of type Image, but {', '.join(features)}"
+        )
+    preferred = [name for name in _PREFERRED_COLUMNS if name in columns]
+    if len(columns) > 1 and len(preferred) != 1:
+        raise InputError(
+            f"--data.source {source} has several columns of images ({', '.join(columns)}); "
+            f"keep one, or name it image"
+        )
+    return (columns if len(columns) == 1 else preferred)[0]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

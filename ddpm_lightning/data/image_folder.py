@@ -1,0 +1,103 @@
+"""A folder of image files, with or without train/, val/ and test/ in it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ddpm_lightning.data.items import Source, SplitName, find_splits, fingerprint
+from ddpm_lightning.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+"""What image files end in, in lower or upper case."""
+
+
+class File(NamedTuple):
+    """A file below a folder.
+
+    Attributes:
+        path: From the folder on.
+        size: Bytes.
+        changed: Nanoseconds since 1970.
+    """
+
+    path: str
+    size: int
+    changed: int
+
+
+class ImageFiles:
+    """A split made of one file per image.
+
+    Args:
+        folder: Where they are.
+        paths: From there on, in the split's order.
+    """
+
+    def __init__(self, folder: Path, paths: list[str]) -> None:
+        self._folder = folder
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> bytes:
+        return (self._folder / self._paths[index]).read_bytes()
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return str(self._folder / self._paths[index])
+
+
+def list_files(folder: Path) -> list[File]:
+    """List the files at any depth, sorted by path; hidden ones and hidden folders are left out."""
+    return sorted(_walk(folder, "", ()))
+
+
+def open_image_folder(source: str, folder: Path, files: list[File]) -> Source:
+    """Sort the image files of a folder into splits.
+
+    Args:
+        source: What the user wrote.
+        folder: Where the files are. With a subfolder train, that is the training split, and val
+            (or valid, or validation) and test are the others; without one, all images are training
+            images.
+        files: What `list_files(folder)` gave.
+
+    Raises:
+        InputError: train has no images, or two subfolders stand for one split.
+    """
+    splits: dict[SplitName, str] = {"train": ""}
+    if (folder / "train").is_dir():
+        splits = find_splits(source, [item.name for item in folder.iterdir() if item.is_dir()])
+    images = [file for file in files if file.path.lower().endswith(SUFFIXES)]
+    paths = {
+        split: [file.path for file in images if not name or file.path.startswith(name + os.sep)]
+        for split, name in splits.items()
+    }
+    if not paths["train"]:
+        raise InputError(f"--data.source {source} has no images in its subfolder train")
+    return Source(
+        source,
+        # Sizes and times stand for the content: reading it all would take as long as decoding it.
+        fingerprint(["image folder", str(folder.resolve()), sorted(splits.items()), images]),
+        {split: ImageFiles(folder, part) for split, part in paths.items() if part},
+    )
+
+
+def _walk(folder: Path, prefix: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[File]:
+    status = (folder / prefix).stat()
+    identity = (status.st_dev, status.st_ino)
+    if identity in ancestors:  # a link to a folder that it lies in
+        return
+    with os.scandir(folder / prefix) as entries:
+        for entry in entries:
+            path = prefix + entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(folder, path + os.sep, (*ancestors, identity))
+            else:
+                # A dangling link is listed, as itself, so that reading it fails and is reported.
+                status = entry.stat(follow_symlinks=entry.is_file())
+                yield File(path, status.st_size, status.st_mtime_ns)
