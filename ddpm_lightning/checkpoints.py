@@ -1,7 +1,7 @@
 """What a checkpoint file holds, how it is checked, and how a network is rebuilt from it.
 
-A checkpoint is Lightning's dictionary with three keys of ours: `hyper_parameters` (plain values that
-rebuild the module), `ema_state_dict` (`state_dict` holds the raw weights) and `format_version`.
+A checkpoint is Lightning's dictionary with three keys of ours: `hyper_parameters` (plain values
+that rebuild the module), `ema_state_dict` (`state_dict` holds the raw weights), `format_version`.
 It loads with `weights_only=True`: nothing in the file is executed.
 """
 

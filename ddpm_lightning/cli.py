@@ -19,6 +19,7 @@ from ddpm_lightning.callbacks import (
     Progress,
     Samples,
 )
+from ddpm_lightning.callbacks.shared import find_callback
 from ddpm_lightning.checkpoints import check_same_model, flatten, load_checkpoint
 from ddpm_lightning.commands.shell import LineErrors, announce, run_command
 from ddpm_lightning.data.datamodule import ImageDataModule
@@ -59,7 +60,8 @@ class RunLogger(TensorBoardLogger):
             for key, value in flatten(config).items()
         }
         # names the metrics of the table without logging values for them
-        for summary in hparams(plain, dict.fromkeys(("train/loss", "val/loss", "val/loss_ema"), 0)):
+        metrics = dict.fromkeys(("train/loss", "val/loss", "val/loss_ema"), 0)
+        for summary in hparams(plain, metrics):  # type: ignore[no-untyped-call]
             self.experiment._get_file_writer().add_summary(summary)
 
 
@@ -199,10 +201,10 @@ class CLI(LightningCLI):
         """Say where everything is."""
         if self.run is None or not self.trainer.is_global_zero:
             return
-        samples = next(c for c in self.trainer.callbacks if isinstance(c, Samples))
+        samples = find_callback(self.trainer, Samples)
         announce(
             f"run: {self.run.root}\n"
-            + (f"samples: {samples.latest}\n" if samples.latest else "")
+            + (f"samples: {samples.latest}\n" if samples and samples.latest else "")
             + f"checkpoint: {self.run.checkpoints / 'last.ckpt'}\n"
             f"curves: {Path(sys.executable).parent / 'tensorboard'} --logdir {self.run.root}\n"
             f"more samples: python -m ddpm_lightning sample {self.run.checkpoints / 'last.ckpt'}"

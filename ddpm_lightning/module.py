@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
@@ -210,8 +211,9 @@ class DDPM(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take the image shape from the data module and see that the network can take it."""
-        if self.trainer.datamodule is not None:
-            self.check_images(self.trainer.datamodule.image_shape)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is not None:
+            self.check_images(data.image_shape)
 
     def check_images(self, image_shape: tuple[int, int, int]) -> None:
         """Settle on an image shape; the network is run once on it, without computing anything.
@@ -233,7 +235,7 @@ class DDPM(LightningModule):
             raise InputError(self._misfit(size, image_shape[0]))
         self.image_shape = image_shape
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Warm the learning rate up linearly; the first update has rate 0, as the authors' has."""
         optimizer = self._optimizer(self.net.parameters())
         num_steps = self._lr_warmup_steps
@@ -241,8 +243,11 @@ class DDPM(LightningModule):
         def factor(step: int) -> float:
             return min(step / num_steps, 1.0) if num_steps else 1.0
 
-        schedule = {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        scheduler = LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def configure_gradient_clipping(
         self,

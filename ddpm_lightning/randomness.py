@@ -56,7 +56,8 @@ def hash_indices(
 
 def hash_uniform(seed: int, stream: Stream, indices: NDArray[np.int64]) -> NDArray[np.float64]:
     """Uniform float64 [N] in [0, 1), one per index (see `hash_indices`)."""
-    return (hash_indices(seed, stream, indices) >> np.uint64(11)) * 2.0**-53
+    bits = hash_indices(seed, stream, indices) >> np.uint64(11)  # as many as a float64 holds
+    return bits.astype(np.float64) * 2.0**-53
 
 
 class NoiseStreams:

@@ -12,7 +12,7 @@ GOLDEN = Path(__file__).parent / "golden.npz"
 
 
 class Golden:
-    """The reference numbers of golden.npz, as float64 tensors; golden.md beside it explains them."""
+    """The numbers of golden.npz as float64 tensors; golden.md beside it explains them."""
 
     def __init__(self) -> None:
         with np.load(GOLDEN) as arrays:

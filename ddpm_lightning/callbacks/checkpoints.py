@@ -30,7 +30,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
 
-    def load_checkpoint(  # type: ignore[override]
+    def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a checkpoint; nothing in it is executed, whatever is asked for."""
@@ -74,14 +74,14 @@ class Checkpoints(Checkpoint):
         """Give the lowest loss so far, which best.ckpt thus carries itself."""
         return {"lowest": self._lowest}
 
-    def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:
         """See what is there already: a resumed run must not replace a better best.ckpt."""
         self._step = self._saved_step = trainer.global_step
         best = self.folder(trainer) / "best.ckpt"
         if best.exists():
             self._lowest = load_checkpoint(best)["callbacks"][self.state_key]["lowest"]
 
-    def on_train_batch_end(  # type: ignore[override]
+    def on_train_batch_end(
         self, trainer: Trainer, pl_module: DDPM, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Save where it is due; where validation follows at once, it is saved after that."""
@@ -90,26 +90,27 @@ class Checkpoints(Checkpoint):
         if stepped and not self._validation_follows(trainer, batch_idx):
             self._save_if_due(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: DDPM) -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Save where it is due, and where the loss is the lowest yet."""
         if trainer.sanity_checking or not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
             return
         metrics = trainer.callback_metrics
-        loss = metrics.get(self.monitor, metrics.get("val/loss"))
-        is_best = loss is not None and float(loss) < self._lowest
-        if is_best:
-            self._lowest = float(loss)
-        self._save_if_due(trainer, ["best"] if is_best else [])
+        loss = float(metrics.get(self.monitor, metrics["val/loss"]))
+        names = []
+        if loss < self._lowest:
+            self._lowest = loss
+            names.append("best")
+        self._save_if_due(trainer, names)
 
-    def on_train_end(self, trainer: Trainer, pl_module: DDPM) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Save the last step."""
         if trainer.global_step:
             self._save(trainer, ["last", f"step={trainer.global_step}"])
 
     @staticmethod
     def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
-        interval = trainer.val_check_batch
-        return trainer.enable_validation and bool(interval) and (batch_idx + 1) % interval == 0
+        interval = trainer.val_check_batch or float("inf")  # None where time decides
+        return trainer.enable_validation and (batch_idx + 1) % interval == 0
 
     def _save_if_due(self, trainer: Trainer, names: list[str] | None = None) -> None:
         names = list(names or [])
@@ -141,5 +142,5 @@ def _link(source: Path, target: Path) -> None:
     try:
         part.hardlink_to(source)
     except OSError:  # a file system without hard links
-        write_atomically(part, lambda file: file.write(source.read_bytes()) and None)
+        write_atomically(part, lambda file: file.write(source.read_bytes()))
     part.replace(target)

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from ddpm_lightning.callbacks.curves import Mean, log_evaluation
+from ddpm_lightning.callbacks.shared import Mean, log_evaluation
 from ddpm_lightning.data.datamodule import Batch
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.module import DDPM
@@ -42,15 +42,15 @@ class EMA(Callback):
 
     # --- the average ---------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: Trainer, pl_module: DDPM) -> None:  # type: ignore[override]
+    def on_fit_start(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Start from the weights as they are, or from a checkpoint's average."""
         self._start(pl_module)
 
-    def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Note the step that a resumed run goes on from."""
         self._step = trainer.global_step
 
-    def on_train_batch_end(  # type: ignore[override]
+    def on_train_batch_end(
         self, trainer: Trainer, pl_module: DDPM, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Update once per optimizer step, not per micro-batch."""
@@ -93,7 +93,7 @@ class EMA(Callback):
 
     # --- checkpoints ---------------------------------------------------------------------------
 
-    def on_save_checkpoint(  # type: ignore[override]
+    def on_save_checkpoint(
         self, trainer: Trainer, pl_module: DDPM, checkpoint: dict[str, Any]
     ) -> None:
         """Write the average under the keys of the raw weights; buffers are the raw ones."""
@@ -101,7 +101,7 @@ class EMA(Callback):
             average = {f"net.{name}": value for name, value in self._average.items()}
             checkpoint["ema_state_dict"] = {**checkpoint["state_dict"], **average}
 
-    def on_load_checkpoint(  # type: ignore[override]
+    def on_load_checkpoint(
         self, trainer: Trainer, pl_module: DDPM, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the average until the module is on its device."""
@@ -109,15 +109,13 @@ class EMA(Callback):
 
     # --- validation ----------------------------------------------------------------------------
 
-    def on_validation_start(  # type: ignore[override]
-        self, trainer: Trainer, pl_module: DDPM
-    ) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Outside of fit, take the checkpoint's average; there is none without a checkpoint."""
         if not self.is_active and self._restored:
             self._start(pl_module)
         self._val_loss = Mean()
 
-    def on_validation_batch_end(  # type: ignore[override]
+    def on_validation_batch_end(
         self,
         trainer: Trainer,
         pl_module: DDPM,
@@ -131,9 +129,7 @@ class EMA(Callback):
             with self.scope(pl_module):
                 self._val_loss.add(pl_module.validation_step(batch, batch_idx))
 
-    def on_validation_epoch_end(  # type: ignore[override]
-        self, trainer: Trainer, pl_module: DDPM
-    ) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Log `val/loss_ema`."""
         if self.is_active:
             log_evaluation(trainer, pl_module, "loss_ema", self._val_loss)

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from ddpm_lightning.callbacks.curves import Curves
+from ddpm_lightning.callbacks.shared import find_callback
 from ddpm_lightning.data.datamodule import Batch
 from ddpm_lightning.module import DDPM
 
@@ -36,7 +37,7 @@ class Progress(ProgressBar):
         """Show the bar again."""
         self._is_enabled = True
 
-    def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Open the bar where a resumed run goes on."""
         self._bar = tqdm(
             total=trainer.max_steps if trainer.max_steps > 0 else None,
@@ -46,18 +47,18 @@ class Progress(ProgressBar):
             **bar_options(bar_format=BAR_FORMAT if trainer.max_steps > 0 else None),
         )
 
-    def on_train_batch_end(  # type: ignore[override]
+    def on_train_batch_end(
         self, trainer: Trainer, pl_module: DDPM, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Advance with the optimizer."""
         assert self._bar is not None
-        curves = next((c for c in trainer.callbacks if isinstance(c, Curves)), None)
+        curves = find_callback(trainer, Curves)
         if curves is not None and curves.latest:
             loss, speed = (curves.latest[f"train/{k}"] for k in ("loss", "images_per_second"))
             self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} images/s", refresh=False)
         self._bar.update(trainer.global_step - self._bar.n)
 
-    def on_train_end(self, trainer: Trainer, pl_module: DDPM) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Close the bar, leaving its last state on the screen."""
         assert self._bar is not None
         self._bar.refresh()

@@ -8,8 +8,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from ddpm_lightning.callbacks.curves import log_scalars
 from ddpm_lightning.callbacks.ema import EMA
+from ddpm_lightning.callbacks.shared import find_callback, log_scalars
 from ddpm_lightning.data.datamodule import Batch
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import channel_statistics, make_grid, to_uint8, write_png
@@ -50,12 +50,12 @@ class Samples(Callback):
         self.latest: Path | None = None
         self._step = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Note the step that a resumed run goes on from, and refuse impossible options early."""
         self._step = trainer.global_step
         self.sampler.respace(pl_module.process)
 
-    def on_train_batch_end(  # type: ignore[override]
+    def on_train_batch_end(
         self, trainer: Trainer, pl_module: DDPM, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Draw where a grid is due."""
@@ -64,7 +64,7 @@ class Samples(Callback):
         if self.every_n_steps and stepped and self._step % self.every_n_steps == 0:
             self._draw(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: DDPM) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Draw the last step, if that has not just been done."""
         path = self._path(trainer)
         if self.every_n_steps and trainer.global_step and self.latest != path:
@@ -77,10 +77,10 @@ class Samples(Callback):
     def _draw(self, trainer: Trainer, pl_module: DDPM) -> None:
         if not trainer.is_global_zero:
             return
-        ema = next((c for c in trainer.callbacks if isinstance(c, EMA) and c.is_active), None)
+        ema = find_callback(trainer, EMA)
         raw, strip = self._sample(pl_module)
         grids = {"raw": raw}
-        if ema is not None:
+        if ema is not None and ema.is_active:
             with ema.scope(pl_module):
                 grids["ema"], strip = self._sample(pl_module)
         best = grids.get("ema", raw)
@@ -115,8 +115,9 @@ class Samples(Callback):
 
 def _channel_scalars(trainer: Trainer, images: Tensor) -> dict[str, float]:
     sources = {"samples": channel_statistics(images)}
-    if trainer.datamodule is not None:
-        sources["data"] = trainer.datamodule.channel_statistics
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if data is not None:
+        sources["data"] = data.channel_statistics
     scalars = {}
     for source, (means, stds) in sources.items():
         for channel, (mean, std) in enumerate(zip(means, stds, strict=True)):

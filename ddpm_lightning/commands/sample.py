@@ -17,7 +17,14 @@ from ddpm_lightning.callbacks.progress import bar_options
 from ddpm_lightning.checkpoints import Weights, file_sha256
 from ddpm_lightning.commands.shell import announce, parse_options, run_command
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.images import decode, make_grid, to_uint8, write_atomically, write_gif, write_png
+from ddpm_lightning.images import (
+    decode,
+    make_grid,
+    to_uint8,
+    write_atomically,
+    write_gif,
+    write_png,
+)
 from ddpm_lightning.module import DDPM
 from ddpm_lightning.randomness import NUM_SEEDS
 from ddpm_lightning.runs import is_rank_zero
@@ -216,7 +223,9 @@ def parse_seeds(seeds: str | None, num_images: int | None) -> list[int]:
     if not result or len(set(result)) < len(result) or max(result) >= NUM_SEEDS:
         raise InputError(f"--seeds {seeds}: each seed once, from 0 to {NUM_SEEDS - 1}")
     if num_images not in (None, len(result)):
-        raise InputError(f"--seeds names {len(result)} images, --num_images {num_images}: one will do")
+        raise InputError(
+            f"--seeds names {len(result)} images, --num_images {num_images}: one will do"
+        )
     return result
 
 
@@ -262,7 +271,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(settings, indent=2)
-        write_atomically(record, lambda file: file.write(text.encode()) and None)
+        write_atomically(record, lambda file: file.write(text.encode()))
 
 
 def _finish(folder: Path, seeds: Sequence[int], format: Format) -> None:

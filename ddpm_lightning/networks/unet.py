@@ -78,7 +78,8 @@ class ResBlock(nn.Module):
         h = self.conv_1(F.silu(self.norm_1(x)))
         h = h + self.embed(embedding)[:, :, None, None]
         h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
-        return self.shortcut(x) + h
+        output: Tensor = self.shortcut(x) + h
+        return output
 
 
 class Attention(nn.Module):
@@ -97,7 +98,8 @@ class Attention(nn.Module):
         # [N, 3C, H, W] -> three of [N, 1 head, HW, C]; the scale is 1 / sqrt(C)
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
         h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+        output: Tensor = x + self.proj(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+        return output
 
 
 class Block(nn.Module):
@@ -125,7 +127,8 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, C, H, W] to [N, C, H/2, W/2]."""
         # TensorFlow's SAME pads an even input on the right and at the bottom only.
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        output: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return output
 
 
 class Upsample(nn.Module):
@@ -137,7 +140,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, C, H, W] to [N, C, 2H, 2W]."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        output: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return output
 
 
 class UNet(nn.Module):
@@ -242,7 +246,8 @@ class UNet(nn.Module):
                 h = layer(torch.cat([h, skips.pop()], dim=1), embedding)
             else:
                 h = layer(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        output: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        return output
 
     def check_size(self, height: int, width: int) -> None:
         """Refuse a size that cannot be halved once per level, naming the nearest that can.

@@ -1,6 +1,7 @@
 """Ours against diffusers': the same network and the same chain."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def copy(source: nn.Module, target: nn.Module) -> None:
         parameter.data.copy_(source.get_parameter(name).data.reshape(parameter.shape))
 
 
-def copy_block(ours: Block, resnet: nn.Module, attention: nn.Module | None) -> None:
+def copy_block(ours: Block, resnet: Any, attention: Any) -> None:
     res = ours.res
     for source, name in [
         (res.norm_1, "norm1"),
@@ -52,28 +53,29 @@ def copy_block(ours: Block, resnet: nn.Module, attention: nn.Module | None) -> N
     ]:
         copy(source, getattr(resnet, name))
     if not isinstance(res.shortcut, nn.Identity):
-        copy(res.shortcut, resnet.conv_shortcut)  # type: ignore[arg-type]
+        copy(res.shortcut, resnet.conv_shortcut)
     if ours.attention is not None:
         assert attention is not None
         copy_attention(ours.attention, attention)
 
 
-def copy_attention(ours: Attention, theirs: nn.Module) -> None:
-    copy(ours.norm, theirs.group_norm)  # type: ignore[arg-type]
-    copy(ours.proj, theirs.to_out[0])  # type: ignore[index]
-    weights, biases = ours.qkv.weight.chunk(3), ours.qkv.bias.chunk(3)  # type: ignore[union-attr]
+def copy_attention(ours: Attention, theirs: Any) -> None:
+    copy(ours.norm, theirs.group_norm)
+    copy(ours.proj, theirs.to_out[0])
+    assert ours.qkv.bias is not None
+    weights, biases = ours.qkv.weight.chunk(3), ours.qkv.bias.chunk(3)
     for weight, bias, layer in zip(
         weights, biases, (theirs.to_q, theirs.to_k, theirs.to_v), strict=True
     ):
-        layer.weight.data.copy_(weight.flatten(1))  # type: ignore[union-attr,operator]
-        layer.bias.data.copy_(bias)  # type: ignore[union-attr,operator]
+        layer.weight.data.copy_(weight.flatten(1))
+        layer.bias.data.copy_(bias)
 
 
-def blocks_of(stages: nn.ModuleList, resample: str) -> Iterator[tuple[nn.Module, ...]]:
+def blocks_of(stages: Any, resample: str) -> Iterator[tuple[Any, ...]]:
     """Yield their (resnet, attention) pairs and resampling layers in the order of ours."""
     for stage in stages:
-        attentions = getattr(stage, "attentions", [None] * len(stage.resnets))  # type: ignore[arg-type]
-        yield from zip(stage.resnets, attentions, strict=True)  # type: ignore[arg-type]
+        attentions = getattr(stage, "attentions", [None] * len(stage.resnets))
+        yield from zip(stage.resnets, attentions, strict=True)
         for layer in getattr(stage, resample) or ():
             yield (layer.conv,)
 
@@ -110,8 +112,8 @@ def outputs(ours: UNet, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("arguments", [CIFAR10, (1, 2, 32, (1, 2, 3), 1, (0, 2), 0.0)])
-def test_network_is_the_same(arguments: tuple[int, ...]) -> None:
-    ours = UNet(*arguments)  # type: ignore[arg-type]
+def test_network_is_the_same(arguments: tuple[Any, ...]) -> None:
+    ours = UNet(*arguments)
     x = torch.randn(2, ours.in_channels, 32, 32, dtype=torch.float64)
     mine, other = outputs(ours, x, torch.tensor([3, 871]))
     assert other.abs().max() > 0.1
@@ -120,7 +122,7 @@ def test_network_is_the_same(arguments: tuple[int, ...]) -> None:
 
 @pytest.mark.slow
 def test_network_is_the_same_at_256_pixels() -> None:
-    ours = UNet(*PIXELS_256)  # type: ignore[arg-type]
+    ours = UNet(*PIXELS_256)
     mine, other = outputs(ours, torch.randn(1, 3, 256, 256), torch.tensor([500]))
     assert (mine - other).abs().max() <= 1e-4 * other.abs().max()
 

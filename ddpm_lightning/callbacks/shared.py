@@ -1,0 +1,70 @@
+"""What several callbacks need: means over ranks, logging at the right step, each other."""
+
+from typing import TypeVar
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from ddpm_lightning.module import DDPM
+
+AnyCallback = TypeVar("AnyCallback", bound=Callback)
+
+
+def find_callback(trainer: Trainer, kind: type[AnyCallback]) -> AnyCallback | None:
+    """Find a trainer's callback of some kind."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
+
+class Mean:
+    """A mean of values that arrive in pieces, on any number of ranks, some of which may have none.
+
+    Args:
+        num_bins: Keep so many means side by side.
+    """
+
+    def __init__(self, num_bins: int = 1) -> None:
+        self._num_bins = num_bins
+        self._sums: Tensor | None = None
+
+    def add(self, values: Tensor, bins: Tensor | None = None) -> None:
+        """Add values [N], each to its bin (int64 [N]; the first when None), without waiting."""
+        if self._sums is None:
+            self._sums = self._zeros(values.device)
+        if bins is None:
+            bins = torch.zeros_like(values, dtype=torch.int64)
+        pieces = torch.stack([values.double(), torch.ones_like(values, dtype=torch.float64)])
+        self._sums.index_add_(1, bins, pieces)
+
+    def over_ranks(self, trainer: Trainer) -> list[float]:
+        """Sum over the ranks (all must call), start anew, and give each bin's mean, then all's.
+
+        A bin without values has the mean nan.
+        """
+        sums = self._sums if self._sums is not None else self._zeros(trainer.strategy.root_device)
+        sums = trainer.strategy.reduce(sums, reduce_op="sum")
+        self._sums = None
+        sums = torch.cat([sums, sums.sum(dim=1, keepdim=True)], dim=1)
+        means: list[float] = (sums[0] / sums[1]).tolist()
+        return means
+
+    def _zeros(self, device: torch.device) -> Tensor:
+        return torch.zeros(2, self._num_bins, dtype=torch.float64, device=device)
+
+
+def log_scalars(trainer: Trainer, scalars: dict[str, float]) -> None:
+    """Log at the optimizer step.
+
+    Lightning's own way counts batches from 0, which would put a curve one step too early.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(scalars, step=trainer.global_step)
+
+
+def log_evaluation(trainer: Trainer, pl_module: DDPM, name: str, losses: Mean) -> None:
+    """Log a mean loss under val/ or test/, and offer it to callbacks that monitor it."""
+    scalars = {f"{'test' if trainer.testing else 'val'}/{name}": losses.over_ranks(trainer)[-1]}
+    if not trainer.sanity_checking:
+        pl_module.log_dict(scalars, logger=False)
+        log_scalars(trainer, scalars)
