@@ -57,6 +57,7 @@ def _set_up_output() -> None:
         r".*your dataloader is not resumable.*",  # it starts at trainer.global_step
         r".*LeafSpec.*",  # Lightning's own use of a deprecated name
         r".*GPU available but not used.*",
+        r".*predict returned None.*",  # the images are on disk
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -80,9 +81,15 @@ class LineErrors(ArgumentParser):
 
 def parse_options(command: Callable[..., object], name: str) -> dict[str, Any]:
     """Read sys.argv by a command's signature and docstring, which thus are its --help."""
-    parser = LineErrors(prog=f"python -m ddpm_lightning {name}", usage="%(prog)s [options]")
+    parser = LineErrors(prog=f"python -m ddpm_lightning {name}", usage="%(prog)s [options] ...")
     parser.add_function_arguments(command, as_group=False, as_positional=True)
-    return dict(parser.parse_args(sys.argv[2:]).as_dict())
+    arguments = sys.argv[2:]
+    for index, argument in enumerate(arguments):
+        default = parser.get_defaults().get(argument.removeprefix("--"))
+        bare = arguments[index + 1 : index + 2] not in (["true"], ["false"])
+        if isinstance(default, bool) and bare:  # --gif means --gif true
+            arguments[index] = f"{argument}=true"
+    return dict(parser.parse_args(arguments).as_dict())
 
 
 def _option_names(parser: Any) -> list[str]:
