@@ -21,12 +21,14 @@ from ddpm_lightning.callbacks import (
 )
 from ddpm_lightning.callbacks.shared import find_callback
 from ddpm_lightning.checkpoints import check_same_model, flatten, load_checkpoint
-from ddpm_lightning.commands.shell import LineErrors, announce, run_command
+from ddpm_lightning.commands.options import LineErrors
+from ddpm_lightning.commands.shell import announce, refusals_of, run_command
 from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.data.order import check_batch_size
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.module import DDPM
-from ddpm_lightning.runs import Run, choose_run, is_rank_zero
+from ddpm_lightning.randomness import NUM_SEEDS
+from ddpm_lightning.runs import Run, choose_run, find_checkpoint, is_rank_zero
 
 # With the defaults in the signatures of DDPM, ImageDataModule, UNet and the callbacks, these are
 # the digits experiment.
@@ -41,6 +43,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # the order of the data is ours
 }
+
+PROG = "python -m ddpm_lightning"
 
 
 class RunLogger(TensorBoardLogger):
@@ -76,23 +80,39 @@ class CLI(LightningCLI):
     ckpt_path: str | None = None
 
     def __init__(self) -> None:
-        super().__init__(
-            DDPM,
-            ImageDataModule,
-            save_config_callback=None,  # it writes to the logger's folder; ours is known before
-            seed_everything_default=0,
-            trainer_defaults=TRAINER_DEFAULTS,
-            parser_class=Parser,
-            parser_kwargs={"prog": "python -m ddpm_lightning"},
-            auto_configure_optimizers=False,
-        )
+        usages = {name: {"usage": f"{PROG} {name} [options]"} for name in self.subcommands()}
+        try:
+            super().__init__(
+                DDPM,
+                ImageDataModule,
+                save_config_callback=None,  # it writes to the logger's folder; ours is known before
+                trainer_defaults=TRAINER_DEFAULTS,
+                parser_class=Parser,
+                # a half-written name is no option, as it is none in a file
+                parser_kwargs={"prog": PROG, "allow_abbrev": False, **usages},
+                auto_configure_optimizers=False,
+            )
+        except BaseException:
+            if self.run is not None:
+                self.run.discard()
+            raise
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Give the commands, and the arguments of Trainer's methods that are not options."""
         commands = LightningCLI.subcommands()
         del commands["predict"]  # sample does that
-        return commands
+        # checkpoints are read without running anything in them, whatever is asked for
+        return {name: {*skipped, "weights_only"} for name, skipped in commands.items()}
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the seed, which is a number here: there is no run without one."""
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=0,
+            help="The run's seed, in [0, 2^32): all draws are functions of it and the step.",
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's options and the callbacks that every run has."""
@@ -113,7 +133,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.set_defaults({"model.net": {"class_path": "ddpm_lightning.networks.UNet"}})
         for part in ("model", "data"):
-            parser.link_arguments("seed_everything", f"{part}.seed", compute_fn=_check_seed)
+            parser.link_arguments("seed_everything", f"{part}.seed")
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would let the checkpoint's hyper-parameters silently replace what was asked for.
@@ -121,14 +141,16 @@ class CLI(LightningCLI):
 
     # --- before ------------------------------------------------------------------------------
 
+    def _set_seed(self) -> None:
+        seed = self.config[self.subcommand].seed_everything
+        if not 0 <= seed < NUM_SEEDS:
+            raise InputError(f"--seed_everything {seed} must be in [0, {NUM_SEEDS})")
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
         """Settle the run's folder and say where it is, before anything else."""
         config = self.config[self.subcommand]
-        if config.trainer.max_epochs != -1:
-            raise InputError(
-                "--trainer.max_epochs: training is counted in optimizer steps, say "
-                "--trainer.max_steps N (N x --data.batch_size images)"
-            )
+        _check_trainer(config.trainer)
         config.experiment = config.experiment or _experiment_name(config.config)
         if self.subcommand == "fit":
             self.run, self.ckpt_path = choose_run(
@@ -140,7 +162,7 @@ class CLI(LightningCLI):
             raise InputError(f"{self.subcommand} needs --ckpt_path FILE, or --ckpt_path last")
         else:
             wanted = "last" if config.ckpt_path == "auto" else config.ckpt_path
-            _, self.ckpt_path = choose_run(config.run_dir, config.experiment, wanted)
+            _, self.ckpt_path = find_checkpoint(config.run_dir, config.experiment, wanted)
         config.ckpt_path = self.ckpt_path
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -157,7 +179,8 @@ class CLI(LightningCLI):
             config.logger = self.run is not None and RunLogger(
                 self.run.root, name="", version="", default_hp_metric=False, purge_step=purge_step
             )
-        return super().instantiate_trainer(**kwargs)
+        with refusals_of("--trainer"):
+            return super().instantiate_trainer(**kwargs)
 
     def instantiate_classes(self) -> None:
         """Read the checkpoint's header first, so that a wrong one stops before any work."""
@@ -171,15 +194,33 @@ class CLI(LightningCLI):
         # Lightning counts micro-batches here
         if isinstance(trainer.val_check_interval, int):
             trainer.val_check_interval *= trainer.accumulate_grad_batches
+        data.trainer = trainer  # as the Trainer itself does, but only when training starts
         data.prepare_data()
         data.setup(self.subcommand)
         self.model.check_images(data.image_shape)
         if self.checkpoint is not None:
             check_same_model(self.checkpoint, self.model.hyper_parameters(), self.ckpt_path or "")
 
+    def _prepare_training(self) -> None:
+        """Check what only training needs."""
+        samples = find_callback(self.trainer, Samples)
+        if samples is not None and samples.every_n_steps:
+            with refusals_of("--samples.num_steps"):
+                samples.sampler.respace(self.model.process)
+        with refusals_of("--model.optimizer"):
+            self.model.configure_optimizers()
+        step = self.checkpoint["global_step"] if self.checkpoint else 0
+        is_new = self.run is not None and self.run.newest_checkpoint() is None
+        if is_new and 0 <= self.trainer.max_steps <= step:
+            raise InputError(
+                f"--trainer.max_steps {self.trainer.max_steps}: {self.ckpt_path} is at step {step} "
+                "already; give a larger number"
+            )
+
     def before_fit(self) -> None:
         """Prepare, write config.yaml and say what is about to happen."""
         self._prepare()
+        self._prepare_training()
         if not is_rank_zero() or self.run is None:
             return
         self._save_config(self.run)
@@ -202,13 +243,15 @@ class CLI(LightningCLI):
         if self.run is None or not self.trainer.is_global_zero:
             return
         samples = find_callback(self.trainer, Samples)
-        announce(
-            f"run: {self.run.root}\n"
-            + (f"samples: {samples.latest}\n" if samples and samples.latest else "")
-            + f"checkpoint: {self.run.checkpoints / 'last.ckpt'}\n"
-            f"curves: {Path(sys.executable).parent / 'tensorboard'} --logdir {self.run.root}\n"
-            f"more samples: python -m ddpm_lightning sample {self.run.checkpoints / 'last.ckpt'}"
-        )
+        last = self.run.checkpoints / "last.ckpt"
+        lines = [f"run: {self.run.root}"]
+        if samples is not None and samples.latest is not None:
+            lines.append(f"samples: {samples.latest}")
+        lines.append(f"checkpoint: {last}")
+        if any(isinstance(logger, RunLogger) for logger in self.trainer.loggers):
+            tensorboard = Path(sys.executable).parent / "tensorboard"
+            lines.append(f"curves: {tensorboard} --logdir {self.run.root}")
+        announce("\n".join([*lines, f"more samples: {PROG} sample {last}"]))
 
     def after_validate(self) -> None:
         """Print the losses."""
@@ -221,7 +264,8 @@ class CLI(LightningCLI):
     def _save_config(self, run: Run) -> None:
         """Write config.yaml; a run that goes on with other options keeps both files."""
         config = self.config[self.subcommand].clone()
-        config.run_dir = config.ckpt_path = config.config = None
+        for key in ("run_dir", "ckpt_path", "config"):  # they say where, not what
+            del config[key]
         text = self._subcommand_parsers[str(self.subcommand)].dump(config, skip_none=False)
         path = run.config
         if path.exists() and path.read_text() != text:
@@ -238,10 +282,33 @@ def _experiment_name(configs: list[Any] | None) -> str:
     return "+".join(Path(str(config)).stem for config in configs or []) or "digits"
 
 
-def _check_seed(seed: int | bool) -> int:
-    if isinstance(seed, bool):
-        raise ValueError("give a number: it keys every draw of the run")
-    return seed
+def _check_trainer(options: Any) -> None:
+    """Refuse options of Lightning's Trainer that it takes but that would not train.
+
+    Raises:
+        InputError: There is one.
+    """
+    if options.max_epochs != -1:
+        raise InputError(
+            "--trainer.max_epochs: training is counted in optimizer steps, say "
+            "--trainer.max_steps N (N x --data.batch_size images)"
+        )
+    if isinstance(options.val_check_interval, float):
+        raise InputError(
+            f"--trainer.val_check_interval {options.val_check_interval}: data has no end to take "
+            "a share of; give a whole number of optimizer steps"
+        )
+    for name in ("max_steps", "accumulate_grad_batches", "val_check_interval"):
+        value = options[name]
+        if isinstance(value, int) and value < 1 and not (name == "max_steps" and value == -1):
+            raise InputError(f"--trainer.{name} {value}: must be at least 1")
+    if options.gradient_clip_val is not None and options.gradient_clip_val <= 0:
+        raise InputError(
+            f"--trainer.gradient_clip_val {options.gradient_clip_val}: must be more than 0; "
+            "null clips nothing"
+        )
+    if options.gradient_clip_algorithm == "value":
+        raise InputError("--trainer.gradient_clip_algorithm value: only norm is supported")
 
 
 def _listed(value: Any) -> list[Any]:

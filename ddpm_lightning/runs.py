@@ -1,20 +1,41 @@
 """Run folders: where a run keeps its files, and which run an option means."""
 
-import logging
 import os
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ddpm_lightning.errors import InputError
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder: config.yaml, checkpoints/, samples/ and TensorBoard's events."""
+    """A run's folder: config.yaml, checkpoints/, samples/ and TensorBoard's events.
+
+    Args:
+        root: The folder.
+        created: The folders that were made for it: itself, and then those above it.
+    """
 
     root: Path
+    created: tuple[Path, ...] = field(default=(), compare=False)
+
+    @classmethod
+    def create(cls, root: Path) -> "Run":
+        """Make the folder, and those above it.
+
+        Raises:
+            FileExistsError: It is there already.
+        """
+        missing = [folder for folder in (root, *root.parents) if not folder.exists()]
+        root.mkdir(parents=True)
+        return cls(root, tuple(missing))
+
+    def discard(self) -> None:
+        """Remove what `create` made, unless something is in it by now."""
+        with suppress(OSError):
+            for folder in self.created:
+                folder.rmdir()
 
     @property
     def config(self) -> Path:
@@ -42,7 +63,7 @@ def numbered_runs(experiment_dir: Path) -> list[Run]:
     """Give the runs EXPERIMENT/N in the order of their numbers."""
     if not experiment_dir.is_dir():
         return []
-    folders = [path for path in experiment_dir.iterdir() if path.name.isdigit()]
+    folders = [path for path in experiment_dir.iterdir() if path.name.isdecimal()]
     return [Run(path) for path in sorted(folders, key=lambda path: int(path.name))]
 
 
@@ -53,10 +74,44 @@ def new_run(experiment_dir: Path) -> Run:
         number = int(runs[-1].root.name) + 1 if runs else 1
         root = experiment_dir / str(number)
         try:
-            root.mkdir(parents=True)
+            return Run.create(root)
         except FileExistsError:
             continue
-        return Run(root)
+
+
+def find_checkpoint(
+    run_dir: str | None, experiment: str, ckpt_path: str | None
+) -> tuple[Run | None, str | None]:
+    """Find out which checkpoint is meant.
+
+    Args:
+        run_dir: `--run_dir`; None for all numbers under runs/EXPERIMENT.
+        experiment: The experiment's name.
+        ckpt_path: `last` is the newest checkpoint of the folder, or of the highest number that has
+            any; `auto` is that too, where there is one; a file is itself; None is none.
+
+    Returns:
+        The run that `last` and `auto` found, and the checkpoint's path.
+
+    Raises:
+        InputError: There is no such checkpoint.
+    """
+    if ckpt_path in ("last", "auto"):
+        experiment_dir = Path("runs") / experiment
+        candidates = [Run(Path(run_dir))] if run_dir else numbered_runs(experiment_dir)[::-1]
+        for run in candidates:
+            newest = run.newest_checkpoint()
+            if newest is not None:
+                return run, str(newest)
+        if ckpt_path == "last":
+            raise InputError(
+                f"--ckpt_path last: no checkpoint under {run_dir or experiment_dir}; "
+                "give --run_dir DIR or --ckpt_path FILE (fit starts afresh with --ckpt_path auto)"
+            )
+        return None, None
+    if ckpt_path is not None and not Path(ckpt_path).is_file():
+        raise InputError(f"--ckpt_path {ckpt_path}: no such file (or say last, or auto)")
+    return None, ckpt_path
 
 
 def choose_run(
@@ -67,8 +122,8 @@ def choose_run(
     Args:
         run_dir: `--run_dir`; None for the next number under runs/EXPERIMENT.
         experiment: The experiment's name.
-        ckpt_path: `last` goes on in the folder of the newest checkpoint, `auto` does so where
-            there is one, a file starts a new run from it, None starts afresh.
+        ckpt_path: See `find_checkpoint`. `last` and `auto` go on in the checkpoint's own folder, a
+            file starts a new run from it, None starts afresh.
 
     Returns:
         The run (None on other ranks than 0 when it is new: only rank 0 writes to it), and the
@@ -77,32 +132,20 @@ def choose_run(
     Raises:
         InputError: The folder is not empty, or there is no such checkpoint.
     """
-    experiment_dir = Path("runs") / experiment
-    goes_on = ckpt_path in ("last", "auto")
-    if goes_on:
-        candidates = [Run(Path(run_dir))] if run_dir else numbered_runs(experiment_dir)[::-1]
-        for run in candidates:
-            newest = run.newest_checkpoint()
-            if newest is not None:
-                return run, str(newest)
-        if ckpt_path == "last":
-            raise InputError(
-                f"--ckpt_path last: no checkpoint under {run_dir or experiment_dir}; "
-                "give --run_dir, or start afresh with --ckpt_path auto"
-            )
-        ckpt_path = None
-    if ckpt_path is not None and not Path(ckpt_path).is_file():
-        raise InputError(f"--ckpt_path {ckpt_path}: no such file (or say last, or auto)")
-    if not is_rank_zero():
-        return None, ckpt_path
+    run, found = find_checkpoint(run_dir, experiment, ckpt_path)
+    if run is not None or not is_rank_zero():
+        return run, found
     if run_dir is None:
-        return new_run(experiment_dir), ckpt_path
+        return new_run(Path("runs") / experiment), found
     root = Path(run_dir)
-    # A run that died before its first checkpoint is begun again in its own folder.
-    if root.exists() and not goes_on and (not root.is_dir() or any(root.iterdir())):
+    if not root.exists():
+        return Run.create(root), found
+    if not root.is_dir():
+        raise InputError(f"--run_dir {run_dir}: a file; choose a folder")
+    # With auto, a run that died before its first checkpoint is begun again in its own folder.
+    if any(root.iterdir()) and ckpt_path != "auto":
         raise InputError(
-            f"--run_dir {run_dir}: already there, and nothing is overwritten; choose another, "
+            f"--run_dir {run_dir}: not empty, and nothing is overwritten; choose another, "
             "or go on in it with --ckpt_path last"
         )
-    root.mkdir(parents=True, exist_ok=True)
-    return Run(root), ckpt_path
+    return Run(root), found

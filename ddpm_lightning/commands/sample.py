@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from ddpm_lightning.callbacks.progress import bar_options
 from ddpm_lightning.checkpoints import Weights, file_sha256
-from ddpm_lightning.commands.shell import announce, parse_options, run_command
+from ddpm_lightning.commands.options import parse_options
+from ddpm_lightning.commands.shell import announce, refusals_of, run_command
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import (
     decode,
@@ -65,8 +66,7 @@ def sample(
         num_steps: Network evaluations per image; ddpm takes all timesteps, ddim 50.
         eta: Share of fresh noise for ddim, from 0 (deterministic, the default) to 1.
         weights: The moving average, or the raw weights.
-        out: The output folder; samples/CHECKPOINT-WEIGHTS-SAMPLER-STEPS beside the checkpoint's
-            run when left out.
+        out: The output folder; RUN/generated/CHECKPOINT-WEIGHTS-SAMPLER-STEPS when left out.
         format: png writes a file per image; npz one samples.npz with arr_0, uint8 [N, H, W, C].
         gif: Also write OUT/denoising.gif, the first images' way from noise.
         batch_size: Images at a time on each device.
@@ -80,9 +80,21 @@ def sample(
     chosen = make_sampler(sampler, num_steps, eta)
     model = DDPM.from_checkpoint(checkpoint, weights)
     chosen.respace(model.process)  # refuses a number of steps that the schedule does not have
+    with refusals_of("--accelerator, --devices or --num_nodes"):
+        trainer = Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
     folder = Path(out) if out else _default_folder(Path(checkpoint), weights, chosen, model)
     settings = {
-        "checkpoint": {"path": str(checkpoint), "sha256": file_sha256(checkpoint)},
+        "checkpoint": str(checkpoint),
+        "checkpoint_sha256": file_sha256(checkpoint),
         "weights": weights,
         "sampler": {"name": sampler, **asdict(chosen)},  # type: ignore[call-overload]
         "seeds": seeds_to_text(wanted),
@@ -95,16 +107,6 @@ def sample(
     if (folder / "samples.npz").exists():
         announce(f"samples: {folder} (they were there already)")
         return
-    trainer = Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
     task = SampleTask(model, chosen, wanted, batch_size, folder, gif)
     trainer.predict(task, return_predictions=False)
     if trainer.is_global_zero:
@@ -141,15 +143,17 @@ class SampleTask(LightningModule):
         self._folder = folder
         self._gif = gif
         self._bar: tqdm[Any] | None = None
+        self._total = 0
 
     def predict_dataloader(self) -> DataLoader[Sequence[int]]:
         """Give this rank's batches that are not on disk yet."""
         share = self._batches[self.global_rank :: self.trainer.world_size]
         todo = [batch for batch in share if not self._is_done(batch)]
         num_steps = self._sampler.count_steps(self.model.process)
+        self._total = sum(map(len, share))
         self._bar = tqdm(
-            total=sum(map(len, share)),
-            initial=sum(map(len, share)) - sum(map(len, todo)),
+            total=self._total,
+            initial=self._total - sum(map(len, todo)),
             desc=f"sampling ({num_steps} steps an image)",
             unit="image",
             disable=not self.trainer.is_global_zero,
@@ -165,7 +169,8 @@ class SampleTask(LightningModule):
         frames = _Frames(num_steps) if self._shows(seeds) else None
         step = None
         for step in self.model.denoise(seeds, self._sampler):
-            self._bar.update(len(seeds) / num_steps)
+            # rounding must not carry it beyond its end
+            self._bar.update(min(len(seeds) / num_steps, self._total - self._bar.n))
             if frames is not None:
                 frames.add(step.x_prev)
         assert step is not None
@@ -219,9 +224,12 @@ def parse_seeds(seeds: str | None, num_images: int | None) -> list[int]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise InputError(f"--seeds {seeds}: say something like 0-63 or 3,7,100-120")
-        result += range(int(first), int(last or first) + 1)
-    if not result or len(set(result)) < len(result) or max(result) >= NUM_SEEDS:
-        raise InputError(f"--seeds {seeds}: each seed once, from 0 to {NUM_SEEDS - 1}")
+        start, stop = int(first), int(last or first) + 1
+        if not start < stop <= NUM_SEEDS:
+            raise InputError(f"--seeds {seeds}: ranges rise, within 0-{NUM_SEEDS - 1}")
+        result += range(start, stop)
+    if len(set(result)) < len(result):
+        raise InputError(f"--seeds {seeds}: names a seed twice")
     if num_images not in (None, len(result)):
         raise InputError(
             f"--seeds names {len(result)} images, --num_images {num_images}: one will do"
@@ -258,14 +266,21 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """
     record = folder / "settings.json"
     if record.exists():
-        there = json.loads(record.read_text())
-        differing = [key for key in settings if there.get(key) != settings[key]]
+        try:
+            there = dict(json.loads(record.read_text()))
+        except ValueError as error:
+            raise InputError(f"{record}: cannot be read ({error}); choose another --out") from error
+        # the same file may be named in several ways
+        keys = [key for key in settings if key != "checkpoint"]
+        differing = [key for key in keys if there.get(key) != settings[key]]
         if differing:
             key = differing[0]
             raise InputError(
                 f"--out {folder}: holds samples with {key} {there.get(key)}, not {settings[key]}; "
-                "choose another folder"
+                "choose another"
             )
+    elif folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder}: a file; choose a folder")
     elif folder.exists() and any(folder.iterdir()):
         raise InputError(f"--out {folder}: not empty, and nothing is overwritten; choose another")
     else:

@@ -1,0 +1,120 @@
+"""Options: parsers whose errors are one line that names the key, the value and the remedy."""
+
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+# What jsonargparse says, with line breaks made spaces, and how it reads better. In this order.
+_READABLE = [
+    (r"^unrecognized arguments: (--[^\s=]+).*", r"no option \1"),
+    (r"^unrecognized arguments: (\S+).*", r"no place for \1; options begin with --"),
+    (r"(?:Subcommand|Group) '[^']*' does not accept option '([^']*)'", r"no option \1"),
+    (r"Option '([^']*)' is not accepted.*", r"no option \1"),
+    (r'Linked "([^"]*)" must be given via "([^"]*)"\.?', r"\1: give \2, which sets it"),
+    (r'^Parser key "config": ', "--config: "),
+    (r'Parser key "([^"]*)"( element \d+)?:', r"\1\2:"),
+    (r"- Expected a path but \S+ either not accessible or invalid - ", ""),
+    (r"Problem with given class_path '([^']*)':", r"\1:"),
+    (r"Type typing\.Callable.* expects a function or a callable class: ", ""),
+    (r"Import path (\S+) does not correspond to a subclass of", r"\1 is no"),
+    (r"Expected a dot import path string: (.*)", r"no class \1; give package.module.Class"),
+    (r"Problems parsing config: ", "not YAML: "),
+    (r' in "<unicode string>", (line \d+), column \d+', r" (\1)"),
+    (r"Unexpected config:.*", "holds no options; a line reads KEY: VALUE"),
+    (r"(?:typing\.)?Literal\[([^]]*)\]", r"one of \1"),
+    (r"<(?:class|enum) '(?:[\w.]+\.)?(\w+)'>", r"\1"),
+    (r"\.? Got value: Namespace\(.*", ""),
+    (r"Expected an? (.*?)\. Got value:", r"expected \1, got"),
+]
+
+
+class LineErrors(ArgumentParser):
+    """A parser whose errors are one line that names the key and the nearest right one."""
+
+    _config: str | None = None
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parse a --config file, whose name goes into the errors."""
+        self._config = str(path)
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(f"not a text file ({error.reason})")
+        finally:
+            self._config = None
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one line and exit with status 2."""
+        text = _readable(" ".join(str(ex or message).split()))
+        text += _suggest(text, _option_names(self))
+        if not self.exit_on_error:  # the parser of a class's arguments: its caller says where
+            raise ArgumentError(None, text) from ex
+        place = f"{self._config}: " if self._config else ""
+        sys.stderr.write(f"error: {place}{text}\n")
+        sys.exit(2)
+
+
+def _readable(text: str) -> str:
+    """Shorten an error of jsonargparse to the key, what it takes and what it got."""
+    text = re.sub(
+        r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - (.*) "
+        r"Given value type: .*? Given value: (.*)",
+        lambda match: _either(match[1].split(" - "), match[2]),
+        text,
+    )
+    for pattern, replacement in _READABLE:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def _either(errors: list[str], value: str) -> str:
+    """Say what a value that may have several types should have been."""
+    types = [
+        re.sub(r"^dot import path.*", "package.module.Class", error.removeprefix("Expected a "))
+        for error in errors
+        if error.startswith("Expected a ") and "NoneType" not in error
+    ]
+    # Where a class was named, what is wrong with it says more than the other types.
+    told = next((error for error in errors if error.startswith("Problem with given class")), None)
+    return told or f"Expected a {' or '.join(types)}. Got value: {value}"
+
+
+def _suggest(text: str, names: list[str]) -> str:
+    """Give the nearest of the names to an unknown option, as a clause; "" for none."""
+    match = re.fullmatch(r"no option (--)?(\S+)", text)
+    near = get_close_matches(match[2], names, n=1) if match else []
+    return f"; did you mean {match[1] or ''}{near[0]}?" if match and near else ""
+
+
+def parse_options(command: Callable[..., object], name: str) -> dict[str, Any]:
+    """Read sys.argv by a command's signature and docstring, which thus are its --help."""
+    parser = LineErrors(
+        prog=f"python -m ddpm_lightning {name}",
+        usage="%(prog)s CHECKPOINT [options]",
+        allow_abbrev=False,
+    )
+    parser.add_function_arguments(command, as_group=False, as_positional=True)
+    arguments = sys.argv[2:]
+    for index, argument in enumerate(arguments):
+        default = parser.get_defaults().get(argument.removeprefix("--"))
+        bare = arguments[index + 1 : index + 2] not in (["true"], ["false"])
+        if isinstance(default, bool) and bare:  # --gif means --gif true
+            arguments[index] = f"{argument}=true"
+    return dict(parser.parse_args(arguments).as_dict())
+
+
+def _option_names(parser: Any) -> list[str]:
+    """Give the names of a parser's options, and of its commands'."""
+    names = []
+    for action in parser._actions:
+        names += [option.removeprefix("--") for option in action.option_strings]
+        if isinstance(action.choices, dict):
+            names += [
+                name for command in action.choices.values() for name in _option_names(command)
+            ]
+    return names

@@ -1,0 +1,130 @@
+"""Commands run in this process or in one of their own, and what they print, return and write."""
+
+import os
+import subprocess
+import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from ddpm_lightning.__main__ import main
+
+# A network and a run as small as they get. {source} is a folder of images.
+TINY = """
+model:
+  net:
+    class_path: ddpm_lightning.UNet
+    init_args:
+      base_channels: 32
+      channel_mults: [1]
+      num_res_blocks: 1
+      attention_levels: []
+  num_timesteps: 20
+  lr_warmup_steps: 0
+data:
+  source: {source}
+  batch_size: 4
+trainer:
+  accelerator: cpu
+  max_steps: 10
+  val_check_interval: 5
+  log_every_n_steps: 5
+samples:
+  every_n_steps: 10
+  num_images: 2
+  num_steps: 2
+checkpoints:
+  every_n_steps: 5
+  keep_every_n_steps: 5
+"""
+
+# The same as options, but two steps long and on the digits.
+TINY_OPTIONS = (
+    *("--model.net.base_channels", "32", "--model.net.channel_mults", "[1]"),
+    *("--model.net.num_res_blocks", "1", "--model.net.attention_levels", "[]"),
+    *("--model.num_timesteps", "20", "--data.batch_size", "4", "--trainer.max_steps", "2"),
+    *("--trainer.val_check_interval", "2", "--samples.num_images", "2"),
+    *("--samples.num_steps", "2", "--trainer.accelerator", "cpu"),
+)
+
+
+class Result(NamedTuple):
+    """What a command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run_here(cwd: Path, *arguments: object) -> Result:
+    """Run a command in this process; for one device only, since others would start pytest again.
+
+    On one thread, as in `start_process`: results are the same bits then.
+    """
+    out, err = StringIO(), StringIO()
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        chdir(cwd),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", ["ddpm_lightning", *map(str, arguments)])
+        patch.setenv("DDPM_LIGHTNING_CACHE", str(_cache(cwd)))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        try:
+            status = main()
+        except SystemExit as exit_:
+            assert isinstance(exit_.code, int)
+            status = exit_.code
+        finally:
+            torch.set_num_threads(num_threads)
+    return Result(status, out.getvalue(), err.getvalue())
+
+
+def start_process(cwd: Path, *arguments: object) -> subprocess.Popen[str]:
+    """Start a command as a user does."""
+    environment = {"DDPM_LIGHTNING_CACHE": str(_cache(cwd)), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "ddpm_lightning", *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_process(cwd: Path, *arguments: object) -> Result:
+    """Run a command as a user does."""
+    with start_process(cwd, *arguments) as process:
+        out, err = process.communicate(timeout=300)
+    return Result(process.returncode, out, err)
+
+
+def train(folder: Path, source: Path) -> Path:
+    """Train the tiny network for ten steps by folder/tiny.yaml; gives the run's folder."""
+    (folder / "tiny.yaml").write_text(TINY.format(source=source))
+    result = run_here(folder, "fit", "--config", "tiny.yaml")
+    assert result.status == 0, result.err
+    return folder / "runs" / "tiny" / "1"
+
+
+def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Everything in a folder: {path: (time of writing, content)}."""
+    return {
+        str(path.relative_to(folder)): (
+            path.stat().st_mtime_ns if path.is_file() else 0,
+            path.read_bytes() if path.is_file() else b"",
+        )
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def _cache(cwd: Path) -> Path:
+    return cwd.parent / f"{cwd.name}-cache"

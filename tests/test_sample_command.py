@@ -1,0 +1,235 @@
+"""sample: what it writes, that the library gives the same, that it goes on where it stopped."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
+
+from ddpm_lightning import DDPM
+from ddpm_lightning.checkpoints import Weights, file_sha256
+from ddpm_lightning.commands.sample import parse_seeds, seeds_to_text
+from ddpm_lightning.images import make_grid
+from ddpm_lightning.samplers import DDIMSampler, DDPMSampler, Sampler
+from tests.command_line import Result, run_here, start_process, train, tree
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("error::tqdm.TqdmWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    return train(tmp_path_factory.mktemp("trained"), pictures) / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    return folder
+
+
+def sample(cwd: Path, *arguments: object) -> Result:
+    result = run_here(cwd, "sample", *arguments, "--accelerator", "cpu")
+    assert result.status == 0, result.err
+    return result
+
+
+def pixels(path: Path) -> torch.Tensor:
+    """A grey picture as uint8 [1, H, W]."""
+    with Image.open(path) as image:
+        assert image.mode == "L"
+        return torch.from_numpy(np.array(image))[None]
+
+
+def images(folder: Path) -> dict[int, torch.Tensor]:
+    """The pictures of a folder by their seeds."""
+    return {int(path.stem): pixels(path) for path in sorted(folder.glob("[0-9]*.png"))}
+
+
+def test_pictures_are_named_by_their_seeds(here: Path, checkpoint: Path) -> None:
+    result = sample(here, checkpoint, "--seeds", "2,7-9,123456", "--out", "out", "--batch_size", 2)
+    assert result.out == "samples: out\ngrid: out/grid.png\n"
+    assert "sampling (20 steps an image) 5/5 " in result.err
+    names = [f"{seed:06}.png" for seed in (2, 7, 8, 9, 123456)]
+    assert set(tree(here / "out")) == {*names, "grid.png", "settings.json"}
+    assert json.loads((here / "out/settings.json").read_text()) == {
+        "checkpoint": str(checkpoint),
+        "checkpoint_sha256": file_sha256(checkpoint),
+        "weights": "ema",
+        "sampler": {"name": "ddpm", "num_steps": None, "clip": True},
+        "seeds": "2,7-9,123456",
+        "batch_size": 2,
+        "format": "png",
+        "gif": False,
+    }
+    stacked = torch.stack(list(images(here / "out").values()))
+    assert torch.equal(pixels(here / "out/grid.png"), make_grid(stacked))
+
+
+@pytest.mark.parametrize(
+    ("options", "sampler", "weights"),
+    [
+        ("", DDPMSampler(), "ema"),
+        ("--weights raw", DDPMSampler(), "raw"),
+        ("--num_steps 7", DDPMSampler(7), "ema"),
+        ("--sampler ddim --num_steps 5", DDIMSampler(5), "ema"),
+        ("--sampler ddim --num_steps 20 --eta 0.5 --weights raw", DDIMSampler(20, 0.5), "raw"),
+    ],
+)
+def test_equals_what_the_library_gives(
+    here: Path, checkpoint: Path, options: str, sampler: Sampler, weights: Weights
+) -> None:
+    sample(here, checkpoint, "--num_images", 5, "--batch_size", 2, "--out", "o", *options.split())
+    found = images(here / "o")
+    assert list(found) == [0, 1, 2, 3, 4]
+    expected = DDPM.from_checkpoint(checkpoint, weights).sample(range(5), sampler, batch_size=2)
+    assert torch.equal(torch.stack(list(found.values())), expected)
+
+
+def test_every_option_changes_the_pictures(here: Path, checkpoint: Path) -> None:
+    variants = (
+        "",
+        "--weights raw",
+        "--num_steps 10",
+        "--sampler ddim --num_steps 10",
+        "--sampler ddim --num_steps 10 --eta 1",
+        "--seeds 4-7",
+    )
+    found = []
+    for index, options in enumerate(variants):
+        more = options if "--seeds" in options else f"{options} --num_images 4"
+        sample(here, checkpoint, "--out", index, *more.split())
+        found.append(torch.stack(list(images(here / str(index)).values())))
+    for index, one in enumerate(found):
+        assert not any(torch.equal(one, other) for other in found[:index]), variants[index]
+
+
+def test_npz(here: Path, checkpoint: Path) -> None:
+    options = (checkpoint, "--seeds", "3,0-2", "--batch_size", 3)
+    sample(here, *options, "--out", "png")
+    sample(here, *options, "--out", "npz", "--format", "npz")
+    assert set(tree(here / "npz")) == {"samples.npz", "grid.png", "settings.json"}
+    with np.load(here / "npz/samples.npz") as arrays:
+        assert set(arrays) == {"arr_0", "seeds"}
+        array, seeds = arrays["arr_0"], arrays["seeds"]
+    assert array.dtype == np.uint8
+    assert array.shape == (4, 8, 8, 1)
+    assert seeds.tolist() == [3, 0, 1, 2]
+    found = images(here / "png")
+    for index, seed in enumerate(seeds.tolist()):
+        assert np.array_equal(array[index], found[seed].permute(1, 2, 0).numpy())
+    assert torch.equal(pixels(here / "npz/grid.png"), pixels(here / "png/grid.png"))
+
+    # a finished one is left as it is
+    before = tree(here)
+    again = sample(here, *options, "--out", "npz", "--format", "npz")
+    assert again.out == "samples: npz (they were there already)\n"
+    assert tree(here) == before
+
+
+def test_gif_ends_in_the_grid(here: Path, checkpoint: Path) -> None:
+    # a bare --gif means true
+    sample(here, checkpoint, "--gif", "--num_images", 4, "--out", "out")
+    with Image.open(here / "out/denoising.gif") as gif:
+        assert isinstance(gif, GifImageFile)
+        assert gif.n_frames == 20
+        gif.seek(19)
+        last = torch.from_numpy(np.array(gif.convert("L")))[None]
+        gif.seek(0)
+        assert not np.array_equal(np.array(gif.convert("L")), last[0].numpy())
+    assert torch.equal(last, pixels(here / "out/grid.png"))
+    for value in ("true", "false"):
+        sample(here, checkpoint, "--gif", value, "--num_images", 1, "--out", value)
+        assert (here / value / "denoising.gif").exists() == (value == "true")
+
+
+def test_default_folder_is_in_the_run(here: Path, checkpoint: Path) -> None:
+    run = here / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copy(checkpoint, run / "checkpoints/last.ckpt")
+    options = ("run/checkpoints/last.ckpt", "--num_images", 1)
+    result = sample(here, *options)
+    assert result.out.startswith("samples: run/generated/last-ema-ddpm-20\n")
+    sample(here, *options, "--sampler", "ddim", "--num_steps", 3, "--weights", "raw")
+    assert {path.name for path in (run / "generated").iterdir()} == {
+        "last-ema-ddpm-20",
+        "last-raw-ddim-3",
+    }
+
+
+def test_goes_on_where_it_stopped(here: Path, checkpoint: Path) -> None:
+    options = ("--seeds", "0-7", "--batch_size", 2, "--out", "out", "--gif")
+    sample(here, checkpoint, *options)
+    complete = tree(here / "out")
+    for name in ("000002.png", "000005.png", "grid.png"):
+        (here / "out" / name).unlink()
+    # named in another way, it is the same checkpoint
+    shutil.copy(checkpoint, here / "copy.ckpt")
+    sample(here, "copy.ckpt", *options)
+    again = tree(here / "out")
+    assert {name: content for name, (_, content) in again.items()} == {
+        name: content for name, (_, content) in complete.items()
+    }
+    # whole batches are made anew; what lies in others is not touched
+    finished = {"000000.png", "000001.png", "000006.png", "000007.png"}
+    for name in (*finished, "denoising.gif", "settings.json"):
+        assert again[name] == complete[name]
+
+    # other settings are refused, whatever they are
+    for more, key in (("--weights raw", "weights"), ("--num_steps 5", "sampler")):
+        result = run_here(here, "sample", "copy.ckpt", *options, *more.split())
+        assert result.status == 2
+        assert result.err.startswith(f"error: --out out: holds samples with {key} ")
+        assert tree(here / "out") == again
+    (here / "out/settings.json").write_text("{")
+    result = run_here(here, "sample", "copy.ckpt", *options)
+    assert result.status == 2
+    assert result.err.startswith("error: out/settings.json: cannot be read")
+
+
+def test_a_killed_process_is_completed(here: Path, checkpoint: Path) -> None:
+    options = (checkpoint, "--num_images", 96, "--batch_size", 4, "--out")
+    process = start_process(here, "sample", *options, "killed", "--accelerator", "cpu")
+    first = here / "killed" / "000000.png"
+    deadline = time.monotonic() + 120
+    while not first.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    num_done = len(list((here / "killed").glob("0*.png")))
+    assert 0 < num_done < 96
+    assert not (here / "killed/grid.png").exists()
+
+    sample(here, *options, "killed")
+    sample(here, *options, "whole")
+    killed, whole = tree(here / "killed"), tree(here / "whole")
+    killed = {name: entry for name, entry in killed.items() if ".part" not in name}
+    assert {name: content for name, (_, content) in killed.items()} == {
+        name: content for name, (_, content) in whole.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [
+        ("5", [5]),
+        ("0-3", [0, 1, 2, 3]),
+        ("3,7,100-102", [3, 7, 100, 101, 102]),
+        ("9, 1-2", [9, 1, 2]),
+        ("4294967295", [2**32 - 1]),
+    ],
+)
+def test_seeds_are_read_and_written(text: str, seeds: list[int]) -> None:
+    assert parse_seeds(text, None) == seeds
+    assert parse_seeds(text, len(seeds)) == seeds
+    assert seeds_to_text(seeds) == text.replace(" ", "")
+    assert parse_seeds(None, 3) == [0, 1, 2]
+    assert parse_seeds(None, None) == list(range(64))
