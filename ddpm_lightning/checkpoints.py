@@ -8,10 +8,8 @@ It loads with `weights_only=True`: nothing in the file is executed.
 import hashlib
 import importlib
 import inspect
-import pickle
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +28,7 @@ def describe(net: nn.Module) -> dict[str, Any]:
         net: Keeps each constructor argument as an attribute of the same name.
 
     Raises:
-        InputError: An argument is not kept.
+        InputError: An argument is not kept, or is more than a plain value.
     """
     cls = type(net)
     arguments = {}
@@ -41,6 +39,12 @@ def describe(net: nn.Module) -> dict[str, Any]:
                 "checkpoint can rebuild it"
             )
         arguments[name] = getattr(net, name)
+        if not _is_plain(arguments[name]):
+            raise InputError(
+                f"{cls.__name__} keeps a {type(arguments[name]).__name__} as self.{name}; keep the "
+                "constructor argument there, a number, text, list or dict, so that a checkpoint "
+                "can rebuild it"
+            )
     return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
 
 
@@ -50,18 +54,26 @@ def build(description: dict[str, Any]) -> nn.Module:
     Raises:
         InputError: The class cannot be imported, or is not a network.
     """
-    module_name, _, class_name = str(description["class_path"]).rpartition(".")
+    cls = import_network(str(description["class_path"]))
+    net: nn.Module = cls(**description["init_args"])
+    return net
+
+
+def import_network(class_path: str) -> type[nn.Module]:
+    """Import a network's class by its path.
+
+    Raises:
+        InputError: It cannot be imported, or is not a network.
+    """
+    module_name, _, class_name = class_path.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"the checkpoint's network {description['class_path']} cannot be imported: {error}"
-        ) from error
+        raise InputError(f"the network {class_path} cannot be imported: {error}") from error
     # Anything may be named in a file; only networks are called.
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise InputError(f"{description['class_path']} is not a torch.nn.Module")
-    net: nn.Module = cls(**description["init_args"])
-    return net
+        raise InputError(f"{class_path} is not a torch.nn.Module")
+    return cls
 
 
 def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
@@ -79,7 +91,7 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
         raise InputError(f"{path}: no such checkpoint file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (RuntimeError, OSError, EOFError, ValueError, BadZipFile, pickle.PickleError) as error:
+    except Exception as error:  # the unpickler stumbles over a foreign file in any way it likes
         raise InputError(
             f"{path}: not a whole checkpoint file ({_first_line(error)}); use another one, "
             "such as the newest step=N.ckpt beside it"
@@ -145,6 +157,14 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(part) for item in value.items() for part in item)
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _first_line(error: BaseException) -> str:

@@ -38,6 +38,16 @@ def levels_to_uint8(levels: NDArray[Any], highest: int) -> Pixels:
     return np.rint(np.asarray(levels, dtype=np.float64) * (255 / highest)).astype(np.uint8)
 
 
+def to_rgb(images: Tensor) -> Tensor:
+    """Repeat grey to three channels: uint8 [N, 1 or 3, H, W] to [N, 3, H, W]."""
+    return images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1)
+
+
+def standardise(levels: Tensor, mean: float, std: float) -> Tensor:
+    """Map grey levels to what a classifier was trained on: (levels - mean) / std."""
+    return (levels - mean) / std
+
+
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel over uint8 [N, C, H, W].
 

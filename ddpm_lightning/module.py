@@ -68,7 +68,6 @@ class DDPM(LightningModule):
         self._optimizer = optimizer
         self._lr_warmup_steps = lr_warmup_steps
         self._seed = seed
-        self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in net.modules())
         self._description = {
             "net": checkpoints.describe(net),
             "schedule": schedule,
@@ -97,12 +96,13 @@ class DDPM(LightningModule):
         """
         checkpoint = checkpoints.load_checkpoint(path)
         state = checkpoints.select_weights(checkpoint, weights, path)
-        arguments = dict(checkpoint["hyper_parameters"])
         try:
+            arguments = dict(checkpoint["hyper_parameters"])
             module = cls(checkpoints.build(arguments.pop("net")), **arguments)
             module.load_state_dict(state)
         except (KeyError, TypeError, RuntimeError) as error:
-            raise InputError(f"{path}: does not describe a model whole: {error}") from error
+            reason = " ".join(str(error).split())
+            raise InputError(f"{path}: does not describe a model whole: {reason}") from error
         return module.eval()
 
     def hyper_parameters(self) -> dict[str, Any]:
@@ -194,13 +194,17 @@ class DDPM(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Give the loss, and its parts for the callbacks: `losses` [N] and `t` [N]."""
-        if self._has_dropout:
-            torch.manual_seed(self._dropout_seed(batch_idx))
+        torch.manual_seed(self._dropout_seed(batch_idx))
         losses, t = self.losses(batch, self._seed)
         return {"loss": losses.mean(), "losses": losses.detach(), "t": t}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Give the loss of each image at its fixed t and noise, float [N]."""
+        """Give the loss of each image at its fixed t and noise, float [N].
+
+        N is 0 where a rank has no images left; networks need not know how to take that.
+        """
+        if not len(batch.positions):
+            return torch.empty(0, device=self.device)
         return self.losses(batch, VALIDATION_SEED)[0]
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -223,7 +227,8 @@ class DDPM(LightningModule):
         """
         x = torch.empty(1, *image_shape, device="meta", dtype=self._net_dtype)
         t = torch.zeros(1, device="meta", dtype=torch.int64)
-        weights = {name: value.to("meta") for name, value in self.net.state_dict().items()}
+        state = (*self.net.named_parameters(), *self.net.named_buffers())
+        weights = {name: value.to("meta") for name, value in state}
         size = "x".join(map(str, image_shape))
         try:
             output = functional_call(self.net, weights, (x, t))
@@ -258,7 +263,7 @@ class DDPM(LightningModule):
         """Clip at the global norm, and keep the norm before clipping for the curves."""
         if gradient_clip_algorithm == "value":
             raise InputError("--trainer.gradient_clip_algorithm: only norm is supported")
-        limit = float("inf") if gradient_clip_val is None else gradient_clip_val
+        limit = max(0.0, gradient_clip_val or 0.0) or float("inf")  # 0 is no limit to Lightning
         self.grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), limit)
 
     # --- helpers -------------------------------------------------------------------------------

@@ -78,7 +78,12 @@ class NoiseStreams:
         """Draw standard normal noise, float32 [len(seeds), *shape] on the generators' device."""
         # Page-locked memory lets a copy to a GPU overlap with the kernels that run there.
         pin = self._device.type == "cpu" and torch.cuda.is_available()
-        noise = torch.empty((len(self._generators), *shape), device=self._device, pin_memory=pin)
+        noise = torch.empty(
+            (len(self._generators), *shape),
+            dtype=torch.float32,  # whatever the default: another dtype has other draws
+            device=self._device,
+            pin_memory=pin,
+        )
         for row, generator in zip(noise, self._generators, strict=True):
             row.normal_(generator=generator)
         return noise

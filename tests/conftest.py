@@ -1,14 +1,20 @@
 """What several test files share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "golden.npz"
+
+# No batch size that the tests use divides either of them.
+NUM_TRAIN = 30
+NUM_VAL = 7
 
 
 class Golden:
@@ -36,3 +42,25 @@ class Golden:
 @pytest.fixture(scope="session")
 def golden() -> Golden:
     return Golden()
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 8 x 8 grey images with the splits train and val."""
+    folder = tmp_path_factory.mktemp("data") / "pictures"
+    generator = np.random.default_rng(0)
+    for split, num_images in {"train": NUM_TRAIN, "val": NUM_VAL}.items():
+        (folder / split).mkdir(parents=True)
+        for index in range(num_images):
+            pixels = generator.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / split / f"{index:02}.png")
+    return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny networks are no faster on two threads, which wait for each other on busy cores."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)

@@ -63,7 +63,6 @@ class Checkpoints(Checkpoint):
         self.monitor = monitor
         self._lowest = float("inf")
         self._step = 0
-        self._saved_step = -1
 
     @staticmethod
     def folder(trainer: Trainer) -> Path:
@@ -76,7 +75,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:
         """See what is there already: a resumed run must not replace a better best.ckpt."""
-        self._step = self._saved_step = trainer.global_step
+        self._step = trainer.global_step
         best = self.folder(trainer) / "best.ckpt"
         if best.exists():
             self._lowest = load_checkpoint(best)["callbacks"][self.state_key]["lowest"]
@@ -129,6 +128,9 @@ class Checkpoints(Checkpoint):
             return
         folder = self.folder(trainer)
         first, *others = [folder / f"{name}.ckpt" for name in dict.fromkeys(names)]
+        # A run that goes on from here logs from here on: what came before must be on disk.
+        for logger in trainer.loggers:
+            logger.save()
         trainer.save_checkpoint(first)
         if trainer.is_global_zero:
             for other in others:

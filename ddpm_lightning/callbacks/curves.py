@@ -49,7 +49,8 @@ class Curves(Callback):
         stepped = trainer.global_step != self._step
         self._step = trainer.global_step
         interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = stepped and (self._step % interval == 0 or self._step == trainer.max_steps)
+        at_interval = interval and self._step % interval == 0  # 0 logs at the end only
+        due = stepped and (at_interval or self._step == trainer.max_steps)
         if due:
             *quarters, loss = self._losses.over_ranks(trainer)
             assert pl_module.grad_norm is not None

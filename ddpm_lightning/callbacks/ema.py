@@ -126,7 +126,8 @@ class EMA(Callback):
     ) -> None:
         """Take the same loss on the averaged weights."""
         if self.is_active:
-            with self.scope(pl_module):
+            # the context in which Lightning ran the step on the raw weights
+            with self.scope(pl_module), trainer.precision_plugin.val_step_context():
                 self._val_loss.add(pl_module.validation_step(batch, batch_idx))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: DDPM) -> None:

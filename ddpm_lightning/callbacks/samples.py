@@ -53,7 +53,11 @@ class Samples(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Note the step that a resumed run goes on from, and refuse impossible options early."""
         self._step = trainer.global_step
-        self.sampler.respace(pl_module.process)
+        if self.every_n_steps:
+            try:
+                self.sampler.respace(pl_module.process)
+            except InputError as error:
+                raise InputError(f"--samples.num_steps: {error}") from error
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: DDPM, outputs: Any, batch: Batch, batch_idx: int

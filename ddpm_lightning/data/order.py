@@ -141,10 +141,12 @@ def validation_batches(
 ) -> list[Indices]:
     """Deal [0, num_images) to the ranks in runs of `batch_size`, the last one perhaps shorter.
 
-    Every image is in one batch of one rank. Ranks may get one batch more than others.
+    Every image is in one batch of one rank. All ranks get as many batches, so that they meet in
+    what they do together; the last one of a rank may thus be empty.
 
     Returns:
         The batches of `rank`, each int64 [<= batch_size].
     """
-    starts = range(rank * batch_size, num_images, world_size * batch_size)
-    return [np.arange(start, min(start + batch_size, num_images)) for start in starts]
+    stride = world_size * batch_size
+    starts = [first + rank * batch_size for first in range(0, num_images, stride)]
+    return [np.arange(start, max(start, min(start + batch_size, num_images))) for start in starts]
