@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Several processes of one thread each: threads of several processes would wait for each other.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help fit test test-slow lint types format clean
 
@@ -12,10 +14,10 @@ fit: $(VENV)/installed  ## install, and train the default experiment (handwritte
 	@$(BIN)/python -m ddpm_lightning fit
 
 test: $(VENV)/installed-test  ## the tests, without a network, in under 10 minutes on two cores
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -n auto -m "not slow"
 
 test-slow: $(VENV)/installed-test  ## the rest: full-size networks and long runs
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(VENV)/installed-test  ## ruff: style and format
 	$(BIN)/ruff check .

@@ -93,8 +93,8 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # the unpickler stumbles over a foreign file in any way it likes
         raise InputError(
-            f"{path}: not a whole checkpoint file ({_first_line(error)}); use another one, "
-            "such as the newest step=N.ckpt beside it"
+            f"{path}: not a whole checkpoint file; use another one, such as the newest step=N.ckpt "
+            "beside it"
         ) from error
     if not isinstance(checkpoint, dict) or "format_version" not in checkpoint:
         raise InputError(f"{path}: not a ddpm_lightning checkpoint (it has no format_version)")
@@ -129,7 +129,9 @@ def select_weights(
     elif "ema_state_dict" in checkpoint:
         state = checkpoint["ema_state_dict"]
     else:
-        raise InputError(f"{path}: the run kept no EMA weights; ask for the raw ones")
+        raise InputError(
+            f"{path}: the run kept no EMA weights; ask for the raw ones (--weights raw)"
+        )
     return state
 
 
@@ -165,7 +167,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return value is None or type(value) in (bool, int, float, str)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

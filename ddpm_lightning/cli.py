@@ -33,7 +33,7 @@ from ddpm_lightning.runs import Run, choose_run, find_checkpoint, is_rank_zero
 # With the defaults in the signatures of DDPM, ImageDataModule, UNet and the callbacks, these are
 # the digits experiment.
 TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_steps": 1500,
+    "max_steps": 2500,
     "max_epochs": -1,
     "val_check_interval": 250,
     "check_val_every_n_epoch": None,

@@ -48,12 +48,12 @@ class DDPM(LightningModule):
     def __init__(
         self,
         net: nn.Module,
-        schedule: Schedule = "linear",
+        schedule: Schedule = "cosine",
         num_timesteps: int = 1000,
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
         variance: Variance = "fixed_large",
-        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=2e-3),
         lr_warmup_steps: int = 100,
         image_shape: tuple[int, int, int] | None = None,
         seed: int = 0,
@@ -263,7 +263,7 @@ class DDPM(LightningModule):
         """Clip at the global norm, and keep the norm before clipping for the curves."""
         if gradient_clip_algorithm == "value":
             raise InputError("--trainer.gradient_clip_algorithm: only norm is supported")
-        limit = max(0.0, gradient_clip_val or 0.0) or float("inf")  # 0 is no limit to Lightning
+        limit = gradient_clip_val or float("inf")  # 0 is no limit to Lightning
         self.grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), limit)
 
     # --- helpers -------------------------------------------------------------------------------

@@ -300,7 +300,7 @@ def test_impossible_samples_are_refused(pictures: Path, tmp_path: Path) -> None:
     for options in wrong:
         with pytest.raises(InputError, match="samples"):
             Samples(**options)
-    trainer = make_trainer(tmp_path, Samples(), max_steps=1)
+    trainer = make_trainer(tmp_path, Samples(num_steps=50), max_steps=1)
     with pytest.raises(InputError, match=r"--samples.num_steps.*1\.\.20, got 50"):
         trainer.fit(tiny_module(), make_data(pictures))
 
@@ -496,6 +496,13 @@ def test_best_follows_the_average_or_else_the_raw_weights(pictures: Path, tmp_pa
         trainer = make_trainer(folder, *losses, Checkpoints(), max_steps=2, val_check_interval=1)
         trainer.fit(tiny_module(), make_data(pictures))
         assert load(folder / "checkpoints" / "best.ckpt")["global_step"] == best
+
+
+def test_a_metric_that_does_not_exist_is_named(pictures: Path, tmp_path: Path) -> None:
+    callbacks = Curves(), Checkpoints(monitor="val/los")
+    trainer = make_trainer(tmp_path, *callbacks, max_steps=1, val_check_interval=1)
+    with pytest.raises(InputError, match="--checkpoints.monitor val/los: .* there are val/loss"):
+        trainer.fit(tiny_module(), make_data(pictures))
 
 
 def test_it_is_saved_after_validation_where_both_are_due(pictures: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def take_one_step(config: Any, size: int) -> None:
     assert model.image_shape is not None
     images = torch.randint(256, (1, *model.image_shape), dtype=torch.uint8)
     losses, _ = model.losses(Batch(images, np.array([3])), seed=0)
-    losses.mean().backward()
+    losses.mean().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     assert losses.isfinite().all()
     assert any((b != p).any() for b, p in zip(before, model.net.parameters(), strict=True))

@@ -413,7 +413,7 @@ def test_impossible_samples_are_refused(sampling: DDPM) -> None:
     with pytest.raises(InputError, match="image_shape"):
         tiny_module().sample([0])
     with pytest.raises(InputError, match=r"num_steps must lie in 1\.\.20, got 50"):
-        sampling.sample([0], "ddim")
+        sampling.sample([0], "ddim", num_steps=50)
 
 
 # --- optimisation ----------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def test_ancestral_chain_is_the_reference(golden: Golden, variance: Variance) ->
 @pytest.mark.parametrize("key", ["ddim50", "250", "10,15,20"])
 def test_ddim_chain_is_the_reference(golden: Golden, key: str) -> None:
     respaced = process().respace(golden[f"respace/{key}/timesteps"].long())
-    steps = run(golden, DDIMSampler(num_steps=None), respaced, "noise")
+    steps = run(golden, DDIMSampler(respaced.num_timesteps), respaced, "noise")
     torch.testing.assert_close(
         steps[-1].x_prev, golden[f"respace/{key}/ddim_chain_x_0"], rtol=1e-9, atol=1e-12
     )
@@ -52,14 +52,14 @@ def test_one_ddim_step_is_the_reference(golden: Golden) -> None:
         p, x_t = process(), golden["ddim/x_t"][row : row + 1]
         # The whole chain up to t visits index t first.
         upto = p.respace(torch.arange(t + 1))
-        step = next(iter(DDIMSampler(num_steps=None)(golden.net, upto, iter([x_t]).__next__)))
+        step = next(iter(DDIMSampler(t + 1)(golden.net, upto, iter([x_t]).__next__)))
         torch.testing.assert_close(
             step.x_prev, golden["ddim/x_prev_eta0"][row : row + 1], rtol=1e-9, atol=1e-12
         )
 
 
 def test_ddim_with_eta_1_is_ancestral_with_the_small_variance(golden: Golden) -> None:
-    for num_steps in (None, 50):
+    for num_steps in (1000, 50):
         ddpm = run(golden, DDPMSampler(num_steps), process("fixed_small"))
         ddim = run(golden, DDIMSampler(num_steps, eta=1.0), process("fixed_small"))
         torch.testing.assert_close(ddim[-1].x_prev, ddpm[-1].x_prev, rtol=1e-7, atol=1e-9)
@@ -84,6 +84,13 @@ def test_chains_end_on_a_clean_image(golden: Golden, sampler: Sampler) -> None:
     assert steps[-1].x_prev.abs().max() <= 1 + 1e-12
 
 
+def test_samplers_know_how_many_steps_they_take_by_default() -> None:
+    short = Process(make_betas("linear", 20))
+    assert DDPMSampler().count_steps(process()) == 1000
+    assert DDIMSampler().count_steps(process()) == 50
+    assert DDIMSampler().count_steps(short) == DDPMSampler().count_steps(short) == 20
+
+
 def test_clipping_can_be_switched_off(golden: Golden) -> None:
     for clipped, free in [
         (DDPMSampler(20), DDPMSampler(20, clip=False)),
@@ -96,7 +103,7 @@ def test_clipping_can_be_switched_off(golden: Golden) -> None:
 def test_float32_chain_stays_close_to_the_reference(golden: Golden) -> None:
     draws = iter([golden["noise"].float()])
     steps = list(
-        DDIMSampler(num_steps=None)(
+        DDIMSampler(250)(
             golden.net,
             process().respace(golden["respace/250/timesteps"].long()),
             draws.__next__,

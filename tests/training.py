@@ -64,7 +64,13 @@ def redraw(net: Net, seed: int = 0) -> Net:
 
 
 def tiny_module(net: nn.Module | None = None, **options: Any) -> DDPM:
-    options = {"num_timesteps": NUM_TIMESTEPS, "lr_warmup_steps": 2, **options}
+    options = {
+        "schedule": "linear",
+        "num_timesteps": NUM_TIMESTEPS,
+        "lr_warmup_steps": 2,
+        "optimizer": lambda params: torch.optim.Adam(params, lr=1e-3),
+        **options,
+    }
     return DDPM(tiny_net() if net is None else net, **options)
 
 

@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
 
 from ddpm_lightning.checkpoints import load_checkpoint
 from ddpm_lightning.data.datamodule import Batch
@@ -46,8 +47,8 @@ class Checkpoints(Checkpoint):
         every_n_steps: Optimizer steps between refreshes of last.ckpt; 0 saves only at the end.
         keep_every_n_steps: Optimizer steps between those kept for good, as step=N.ckpt; 0 keeps
             only the final one.
-        monitor: best.ckpt is where this validation loss was lowest; without an average of the
-            weights, `val/loss` takes its place.
+        monitor: best.ckpt is where this metric was lowest after a validation; without an average
+            of the weights, `val/loss` takes the place of `val/loss_ema`.
     """
 
     def __init__(
@@ -93,8 +94,7 @@ class Checkpoints(Checkpoint):
         """Save where it is due, and where the loss is the lowest yet."""
         if trainer.sanity_checking or not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
             return
-        metrics = trainer.callback_metrics
-        loss = float(metrics.get(self.monitor, metrics["val/loss"]))
+        loss = float(self._monitored(trainer))
         names = []
         if loss < self._lowest:
             self._lowest = loss
@@ -105,6 +105,17 @@ class Checkpoints(Checkpoint):
         """Save the last step."""
         if trainer.global_step:
             self._save(trainer, ["last", f"step={trainer.global_step}"])
+
+    def _monitored(self, trainer: Trainer) -> Tensor:
+        metrics = trainer.callback_metrics
+        if self.monitor in metrics:
+            return metrics[self.monitor]
+        if self.monitor == "val/loss_ema":  # there is no average
+            return metrics["val/loss"]
+        raise InputError(
+            f"--checkpoints.monitor {self.monitor}: no such metric; there are "
+            f"{', '.join(sorted(metrics))}"
+        )
 
     @staticmethod
     def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:

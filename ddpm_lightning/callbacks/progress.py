@@ -60,6 +60,10 @@ class Progress(ProgressBar):
 
     def on_train_end(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Close the bar, leaving its last state on the screen."""
-        assert self._bar is not None
-        self._bar.refresh()
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: DDPM, exception: BaseException) -> None:
+        """Close the bar, so that the message stands on a line of its own."""
+        self.on_train_end(trainer, pl_module)

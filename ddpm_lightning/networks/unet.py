@@ -165,14 +165,22 @@ class UNet(nn.Module):
         self,
         in_channels: int = 1,
         out_channels: int = 1,
-        base_channels: int = 64,
+        base_channels: int = 32,
         channel_mults: Sequence[int] = (1, 2),
         num_res_blocks: int = 1,
         attention_levels: Sequence[int] = (1,),
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        _check(base_channels, channel_mults, num_res_blocks, attention_levels, dropout)
+        _check(
+            in_channels,
+            out_channels,
+            base_channels,
+            channel_mults,
+            num_res_blocks,
+            attention_levels,
+            dropout,
+        )
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.base_channels = base_channels
@@ -275,12 +283,18 @@ class UNet(nn.Module):
 
 
 def _check(
+    in_channels: int,
+    out_channels: int,
     base_channels: int,
     channel_mults: Sequence[int],
     num_res_blocks: int,
     attention_levels: Sequence[int],
     dropout: float,
 ) -> None:
+    if min(in_channels, out_channels) < 1:
+        raise InputError(
+            f"in_channels and out_channels must be at least 1, got {in_channels} and {out_channels}"
+        )
     if base_channels < 1 or base_channels % NUM_GROUPS:
         raise InputError(f"base_channels must be a multiple of {NUM_GROUPS}, got {base_channels}")
     if not channel_mults or min(channel_mults) < 1:

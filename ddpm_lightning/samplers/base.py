@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ class Sampler(ABC):
     """Turns noise into images; subclasses are frozen dataclasses, their fields the record."""
 
     num_steps: int | None
+    default_num_steps: ClassVar[int | None] = None
 
     @abstractmethod
     def __call__(self, net: Network, process: Process, draw: Draw) -> Iterator[Step]:
@@ -41,10 +42,13 @@ class Sampler(ABC):
 
     def count_steps(self, process: Process) -> int:
         """Count the network evaluations that one image takes."""
-        return self.num_steps or process.num_timesteps
+        if self.num_steps is not None:
+            return self.num_steps
+        return min(self.default_num_steps or process.num_timesteps, process.num_timesteps)
 
     def respace(self, process: Process) -> Process:
         """Give the process on this sampler's timesteps: `num_steps` evenly spaced ones."""
-        if self.num_steps is None:
+        num_steps = self.count_steps(process)
+        if num_steps == process.num_timesteps:
             return process
-        return process.respace(space_timesteps(process.num_timesteps, self.num_steps))
+        return process.respace(space_timesteps(process.num_timesteps, num_steps))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.errors import InputError
@@ -13,14 +14,15 @@ class DDIMSampler(Sampler):
     """DDIM: the same marginals with less, or no, fresh noise.
 
     Args:
-        num_steps: Evenly spaced timesteps to visit; None visits all of them.
+        num_steps: Evenly spaced timesteps to visit; None visits 50, or all where there are fewer.
         eta: 0 is deterministic; 1 has the variance of ancestral sampling with `fixed_small`.
         clip: Clip the predicted x_0 to [-1, 1] at every step; the noise is derived again from it.
     """
 
-    num_steps: int | None = 50
+    num_steps: int | None = None
     eta: float = 0.0
     clip: bool = True
+    default_num_steps: ClassVar[int | None] = 50
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:

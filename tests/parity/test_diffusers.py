@@ -173,5 +173,5 @@ def test_ddim_chain_is_the_same(golden: Golden) -> None:
 
     respaced = process.respace(torch.arange(0, 1000, 20))
     draws = iter([golden["noise"]])
-    *_, last = DDIMSampler(num_steps=None)(golden.net, respaced, draws.__next__)
+    *_, last = DDIMSampler(50)(golden.net, respaced, draws.__next__)
     torch.testing.assert_close(last.x_prev, x, rtol=1e-9, atol=1e-12)
