@@ -44,6 +44,14 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the order of the data is ours
 }
 
+# TensorBoard's CUSTOM SCALARS: what one compares, in one chart each; tags are regular expressions.
+CHARTS = {
+    "loss": ["Multiline", ["^train/loss$", "^val/loss"]],
+    "loss by quarter of the timesteps": ["Multiline", ["^train/loss_q"]],
+    "channel mean, samples and data": ["Multiline", ["^channel_.*/mean_"]],
+    "channel standard deviation, samples and data": ["Multiline", ["^channel_.*/std_"]],
+}
+
 PROG = "python -m ddpm_lightning"
 
 
@@ -67,6 +75,7 @@ class RunLogger(TensorBoardLogger):
         metrics = dict.fromkeys(("train/loss", "val/loss", "val/loss_ema"), 0)
         for summary in hparams(plain, metrics):  # type: ignore[no-untyped-call]
             self.experiment._get_file_writer().add_summary(summary)
+        self.experiment.add_custom_scalars({"side by side": CHARTS})
 
 
 class Parser(LineErrors, LightningArgumentParser):
@@ -249,9 +258,10 @@ class CLI(LightningCLI):
             lines.append(f"samples: {samples.latest}")
         lines.append(f"checkpoint: {last}")
         if any(isinstance(logger, RunLogger) for logger in self.trainer.loggers):
-            tensorboard = Path(sys.executable).parent / "tensorboard"
-            lines.append(f"curves: {tensorboard} --logdir {self.run.root}")
-        announce("\n".join([*lines, f"more samples: {PROG} sample {last}"]))
+            lines.append(f"curves: {_beside_python('tensorboard')} --logdir {self.run.root}")
+        python = _beside_python(Path(sys.executable).name)
+        lines.append(f"more samples: {python} -m ddpm_lightning sample {last}")
+        announce("\n".join(lines))
 
     def after_validate(self) -> None:
         """Print the losses."""
@@ -309,6 +319,12 @@ def _check_trainer(options: Any) -> None:
         )
     if options.gradient_clip_algorithm == "value":
         raise InputError("--trainer.gradient_clip_algorithm value: only norm is supported")
+
+
+def _beside_python(name: str) -> Path:
+    """Give the path of a program of this environment, from this folder where it lies below it."""
+    path = Path(sys.executable).with_name(name)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _listed(value: Any) -> list[Any]:
