@@ -13,6 +13,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from ddpm_lightning.callbacks import (
     EMA,
+    FID,
     AtomicCheckpointIO,
     Checkpoints,
     Curves,
@@ -139,6 +140,7 @@ class CLI(LightningCLI):
         )
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(FID, "fid")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.set_defaults({"model.net": {"class_path": "ddpm_lightning.networks.UNet"}})
         for part in ("model", "data"):
@@ -216,6 +218,9 @@ class CLI(LightningCLI):
         if samples is not None and samples.every_n_steps:
             with refusals_of("--samples.num_steps"):
                 samples.sampler.respace(self.model.process)
+        fid = find_callback(self.trainer, FID)
+        if fid is not None and fid.every_n_steps:
+            fid.check(self.model.process)
         with refusals_of("--model.optimizer"):
             self.model.configure_optimizers()
         step = self.checkpoint["global_step"] if self.checkpoint else 0
@@ -261,6 +266,13 @@ class CLI(LightningCLI):
             lines.append(f"curves: {_beside_python('tensorboard')} --logdir {self.run.root}")
         python = _beside_python(Path(sys.executable).name)
         lines.append(f"more samples: {python} -m ddpm_lightning sample {last}")
+        fid = find_callback(self.trainer, FID)
+        if fid is not None and fid.latest:
+            lines += [f"{name}: {value:.4g}" for name, value in fid.latest.items()]
+            lines.append(
+                f"judging took {fid.seconds:.0f} s, {fid.share_of_time():.0%} of the time; "
+                f"records: {self.run.root / 'fid'}"
+            )
         announce("\n".join(lines))
 
     def after_validate(self) -> None:

@@ -139,11 +139,21 @@ class DDPM(LightningModule):
         """
         if not isinstance(sampler, Sampler):
             sampler = make_sampler(sampler, num_steps)
-        batches = []
+        return torch.cat([images.cpu() for images in self.batches(seeds, sampler, batch_size)])
+
+    def batches(self, seeds: Sequence[int], sampler: Sampler, batch_size: int) -> Iterator[Tensor]:
+        """Yield images batch by batch, uint8 [<= batch_size, C, H, W] on the module's device.
+
+        Raises:
+            InputError: A sample is not finite.
+        """
         for start in range(0, len(seeds), batch_size):
             *_, last = self.denoise(seeds[start : start + batch_size], sampler)
-            batches.append(to_uint8(last.x_prev).cpu())
-        return torch.cat(batches)
+            if not last.x_prev.isfinite().all():
+                raise InputError(
+                    "a sample is not finite: the weights have diverged; take an earlier checkpoint"
+                )
+            yield to_uint8(last.x_prev)
 
     @torch.no_grad()
     def denoise(self, seeds: Sequence[int], sampler: Sampler) -> Iterator[Step]:

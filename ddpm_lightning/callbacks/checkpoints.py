@@ -8,8 +8,9 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor
 
+from ddpm_lightning.callbacks.fid import FID
+from ddpm_lightning.callbacks.shared import find_callback
 from ddpm_lightning.checkpoints import load_checkpoint
 from ddpm_lightning.data.datamodule import Batch
 from ddpm_lightning.errors import InputError
@@ -47,8 +48,8 @@ class Checkpoints(Checkpoint):
         every_n_steps: Optimizer steps between refreshes of last.ckpt; 0 saves only at the end.
         keep_every_n_steps: Optimizer steps between those kept for good, as step=N.ckpt; 0 keeps
             only the final one.
-        monitor: best.ckpt is where this metric was lowest after a validation; without an average
-            of the weights, `val/loss` takes the place of `val/loss_ema`.
+        monitor: best.ckpt is where this metric was lowest, such as fd_efficientnet-lite0_1k/ema;
+            without an average of the weights, val/loss takes the place of val/loss_ema.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Checkpoints(Checkpoint):
         self.monitor = monitor
         self._lowest = float("inf")
         self._step = 0
+        self._saved_step = -1
 
     @staticmethod
     def folder(trainer: Trainer) -> Path:
@@ -91,39 +93,47 @@ class Checkpoints(Checkpoint):
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: DDPM) -> None:
-        """Save where it is due, and where the loss is the lowest yet."""
+        """Save where it is due."""
         if trainer.sanity_checking or not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
             return
-        loss = float(self._monitored(trainer))
-        names = []
-        if loss < self._lowest:
-            self._lowest = loss
-            names.append("best")
-        self._save_if_due(trainer, names)
+        self._check_monitor(trainer)
+        self._save_if_due(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: DDPM) -> None:
-        """Save the last step."""
-        if trainer.global_step:
-            self._save(trainer, ["last", f"step={trainer.global_step}"])
+        """Save the last step, unless that has just been done."""
+        step = trainer.global_step
+        if step and self._saved_step != step:
+            self._save(trainer, ["last", f"step={step}"])
+        elif step and trainer.is_global_zero:
+            _link(self.folder(trainer) / "last.ckpt", self.folder(trainer) / f"step={step}.ckpt")
 
-    def _monitored(self, trainer: Trainer) -> Tensor:
+    def _is_best(self, trainer: Trainer) -> bool:
+        """Compare the monitored metric's newest value with the lowest so far."""
         metrics = trainer.callback_metrics
-        if self.monitor in metrics:
-            return metrics[self.monitor]
-        if self.monitor == "val/loss_ema":  # there is no average
-            return metrics["val/loss"]
-        raise InputError(
-            f"--checkpoints.monitor {self.monitor}: no such metric; there are "
-            f"{', '.join(sorted(metrics))}"
-        )
+        value = metrics.get(self.monitor)
+        if value is None and self.monitor == "val/loss_ema":  # there is no average
+            value = metrics.get("val/loss")
+        if value is None or not float(value) < self._lowest:
+            return False
+        self._lowest = float(value)
+        return True
+
+    def _check_monitor(self, trainer: Trainer) -> None:
+        fid = find_callback(trainer, FID)
+        names = {"val/loss_ema", *trainer.callback_metrics, *(fid.names if fid else [])}
+        if self.monitor not in names:
+            raise InputError(
+                f"--checkpoints.monitor {self.monitor}: no such metric; there are "
+                f"{', '.join(sorted(names))}"
+            )
 
     @staticmethod
     def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
         interval = trainer.val_check_batch or float("inf")  # None where time decides
         return trainer.enable_validation and (batch_idx + 1) % interval == 0
 
-    def _save_if_due(self, trainer: Trainer, names: list[str] | None = None) -> None:
-        names = list(names or [])
+    def _save_if_due(self, trainer: Trainer) -> None:
+        names = ["best"] if self._is_best(trainer) else []
         step = trainer.global_step
         if self.every_n_steps and step % self.every_n_steps == 0:
             names.append("last")
@@ -143,6 +153,8 @@ class Checkpoints(Checkpoint):
         for logger in trainer.loggers:
             logger.save()
         trainer.save_checkpoint(first)
+        if "last" in names:
+            self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             for other in others:
                 _link(first, other)

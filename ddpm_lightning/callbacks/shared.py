@@ -17,6 +17,30 @@ def find_callback(trainer: Trainer, kind: type[AnyCallback]) -> AnyCallback | No
     return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
 
+class TrainerRanks:
+    """The processes of a trainer (see `metrics.judge.Ranks`)."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._strategy = trainer.strategy
+        self._world_size = trainer.world_size
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor over the ranks."""
+        total: Tensor = self._strategy.reduce(tensor, reduce_op="sum")
+        return total
+
+    def concatenate(self, rows: Tensor) -> Tensor:
+        """Concatenate [N_rank, D] in the order of the ranks; the N may differ."""
+        if self._world_size == 1:
+            return rows
+        device = self._strategy.root_device
+        counts = self._strategy.all_gather(torch.tensor(len(rows), device=device)).tolist()
+        padded = rows.new_zeros(max(counts), rows.shape[1])
+        padded[: len(rows)] = rows
+        gathered = self._strategy.all_gather(padded.to(device)).to(rows.device)
+        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+
 class Mean:
     """A mean of values that arrive in pieces, on any number of ranks, some of which may have none.
 
@@ -43,7 +67,7 @@ class Mean:
         A bin without values has the mean nan.
         """
         sums = self._sums if self._sums is not None else self._zeros(trainer.strategy.root_device)
-        sums = trainer.strategy.reduce(sums, reduce_op="sum")
+        sums = TrainerRanks(trainer).sum(sums)
         self._sums = None
         sums = torch.cat([sums, sums.sum(dim=1, keepdim=True)], dim=1)
         means: list[float] = (sums[0] / sums[1]).tolist()

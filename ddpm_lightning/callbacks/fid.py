@@ -1,0 +1,210 @@
+"""Judge samples while it trains."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from tqdm import tqdm
+
+from ddpm_lightning.callbacks.ema import EMA
+from ddpm_lightning.callbacks.progress import bar_options
+from ddpm_lightning.callbacks.shared import TrainerRanks, find_callback, log_scalars
+from ddpm_lightning.checkpoints import Weights
+from ddpm_lightning.data.batches import Batch
+from ddpm_lightning.diffusion.process import Process
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.metrics.features import Extractor, make_extractor
+from ddpm_lightning.metrics.judge import (
+    Collector,
+    Metric,
+    check_metrics,
+    evaluate,
+    metric_names,
+    warnings_of,
+)
+from ddpm_lightning.metrics.record import describe_sampler, make_record, write_record
+from ddpm_lightning.metrics.reference import Reference, reference_of
+from ddpm_lightning.module import DDPM
+from ddpm_lightning.samplers import SamplerName, make_sampler
+
+
+class FID(Callback):
+    """Compare samples with the training images every so many steps and at the end.
+
+    All ranks sample their share; sums are reduced. The numbers are logged under names that say
+    what they are, such as fd_efficientnet-lite0_1k/ema, and each has its record in
+    RUN/fid/step=N-WEIGHTS.json. The extractor is no part of the module or its checkpoints, and
+    training goes on as if nothing had been judged.
+
+    Args:
+        every_n_steps: Optimizer steps from number to number; 0 judges never.
+        num_images: Samples, from seeds 0, 1, ...; few ones give distances that are too large, and
+            comparable only with others of as many.
+        extractor: inception, efficientnet-lite0, another of torch-fidelity's, or the class path of
+            a torch.nn.Module that maps uint8 images to features.
+        extractor_weights: Inception's weights file, where torch.hub's cache does not have it.
+        metrics: fd (Frechet distance), kid, is (Inception Score), prc (precision and recall).
+        weights: ema, raw, or both.
+        sampler: Its name.
+        num_steps: Network evaluations per image; None is the sampler's default.
+        batch_size: Samples at a time on each device.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 1000,
+        num_images: int = 2000,
+        extractor: str = "efficientnet-lite0",
+        extractor_weights: str | None = None,
+        metrics: list[Metric] = ["fd"],  # noqa: B006  # the parser shows it; nobody changes it
+        weights: list[Weights] = ["ema"],  # noqa: B006
+        sampler: SamplerName = "ddim",
+        num_steps: int | None = 20,
+        batch_size: int = 64,
+    ) -> None:
+        if every_n_steps < 0:
+            raise InputError(f"--fid.every_n_steps {every_n_steps}: must be at least 0")
+        if num_images < 2 or batch_size < 1:
+            raise InputError("--fid.num_images must be at least 2, --fid.batch_size at least 1")
+        if not metrics or not weights:
+            raise InputError("--fid.metrics and --fid.weights must name at least one")
+        self.every_n_steps = every_n_steps
+        self.num_images = num_images
+        self.metrics = metrics
+        self.weights = weights
+        self.sampler = make_sampler(sampler, num_steps)
+        self.batch_size = batch_size
+        self.latest: dict[str, float] = {}
+        self.seconds = 0.0
+        self._extractor_name = extractor
+        self._extractor_weights = extractor_weights
+        self._extractor: Extractor | None = None
+        self._reference: Reference | None = None
+        self._start = 0.0
+        self._step = 0
+
+    @property
+    def names(self) -> list[str]:
+        """What the metrics are called; Checkpoints may monitor one of them."""
+        if not self.every_n_steps:
+            return []
+        distance = self.extractor.distance_name
+        names = metric_names(self.metrics, distance, self.num_images)
+        return [f"{name}/{weights}" for weights in self.weights for name in names]
+
+    @property
+    def extractor(self) -> Extractor:
+        """The extractor, made when it is first asked for.
+
+        Raises:
+            InputError: There is none, or its weights are missing.
+        """
+        if self._extractor is None:
+            self._extractor = make_extractor(self._extractor_name, self._extractor_weights)
+        return self._extractor
+
+    def check(self, process: Process) -> None:
+        """Refuse early what cannot be judged.
+
+        Raises:
+            InputError: The extractor or its weights are missing, it has no classes for the
+                Inception Score, or the schedule has not so many steps.
+        """
+        try:
+            self.sampler.respace(process)
+        except InputError as error:
+            raise InputError(f"--fid.num_steps: {error}") from error
+        check_metrics(self.metrics, self.extractor)
+
+    def share_of_time(self) -> float:
+        """Give the share of the wall time since training began that judging took."""
+        return self.seconds / max(time.perf_counter() - self._start, 1e-9)
+
+    def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:
+        """Note where a resumed run goes on, and take the training images' features."""
+        self._start = time.perf_counter()
+        self._step = trainer.global_step
+        if not self.every_n_steps:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if data is None:
+            raise InputError("the FID callback needs a data module: its images are the reference")
+        self.extractor.module.to(pl_module.device)
+        self._reference = reference_of(
+            data.train_images, data.source, self.extractor, self.metrics, data.cache_dir
+        )
+        self.seconds += time.perf_counter() - self._start
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: DDPM, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Judge where it is due."""
+        stepped = trainer.global_step != self._step
+        self._step = trainer.global_step
+        if not (self.every_n_steps and stepped):
+            return
+        if self._step % self.every_n_steps == 0 or self._step == trainer.max_steps:
+            start = time.perf_counter()
+            self._judge_all(trainer, pl_module)
+            self.seconds += time.perf_counter() - start
+            log_scalars(trainer, {"fid/share_of_time": self.share_of_time()})
+
+    def _judge_all(self, trainer: Trainer, pl_module: DDPM) -> None:
+        ema = find_callback(trainer, EMA)
+        for weights in self.weights:
+            if weights == "raw":
+                self._judge(trainer, pl_module, weights)
+            elif ema is not None and ema.is_active:
+                with ema.scope(pl_module):
+                    self._judge(trainer, pl_module, weights)
+        pl_module.log_dict(self.latest, logger=False)
+        log_scalars(trainer, self.latest)
+
+    def _judge(self, trainer: Trainer, pl_module: DDPM, weights: Weights) -> None:
+        assert self._reference is not None
+        start = time.perf_counter()
+        collector = Collector(self.extractor, self.metrics)
+        rank, world = trainer.global_rank, trainer.world_size
+        # contiguous shares, so that the ranks' features follow each other in the seeds' order
+        share = range(self.num_images * rank // world, self.num_images * (rank + 1) // world)
+        with tqdm(
+            total=len(share),
+            desc=f"judging ({weights})",
+            unit="image",
+            leave=False,
+            disable=not trainer.is_global_zero,
+            **bar_options(),
+        ) as bar:
+            for images in pl_module.batches(share, self.sampler, self.batch_size):
+                collector.add(images)
+                bar.update(len(images))
+        generated = collector.finish(TrainerRanks(trainer))
+        values = evaluate(
+            generated, self._reference.features, self.metrics, self.extractor.distance_name
+        )
+        names = metric_names(self.metrics, self.extractor.distance_name, self.num_images)
+        self.latest |= {
+            f"{name}/{weights}": value for name, value in zip(names, values.values(), strict=True)
+        }
+        if trainer.is_global_zero:
+            record = make_record(
+                values,
+                self.num_images,
+                self._reference.protocol,
+                {
+                    "run": trainer.default_root_dir,
+                    "step": trainer.global_step,
+                    "weights": weights,
+                    "sampler": describe_sampler(
+                        self.sampler, self.sampler.count_steps(pl_module.process)
+                    ),
+                    "seeds": f"0-{self.num_images - 1}",
+                    "batch_size": self.batch_size,
+                    "world_size": world,
+                },
+                time.perf_counter() - start,
+                warnings_of(generated, self._reference.features),
+            )
+            folder = Path(trainer.default_root_dir) / "fid"
+            write_record(folder / f"step={trainer.global_step}-{weights}.json", record)

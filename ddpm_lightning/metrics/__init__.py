@@ -1,0 +1,1 @@
+"""Judging images: features, distances, and the record that a number stands on."""

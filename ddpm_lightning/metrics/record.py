@@ -1,0 +1,136 @@
+"""What a number stands on: its record, and when two numbers may be compared.
+
+A record has `protocol` (all that must be equal for two numbers to be comparable), `subject` (what
+was judged) and `environment` (on what, by which versions, in how many seconds).
+"""
+
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpm_lightning.checkpoints import flatten
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.images import write_atomically
+from ddpm_lightning.samplers import Sampler
+
+RECORD_VERSION = 1
+
+Record = dict[str, Any]
+
+_PACKAGES = ("ddpm-lightning", "torch", "lightning", "torch-fidelity", "numpy")
+
+
+def make_record(
+    metrics: dict[str, float],
+    num_images: int,
+    protocol: dict[str, Any],
+    subject: dict[str, Any],
+    seconds: float,
+    warnings: list[str],
+) -> Record:
+    """Put together a record.
+
+    Args:
+        metrics: Values by name.
+        num_images: Images judged.
+        protocol: Reference, extractor, quantisation, method.
+        subject: Checkpoint, weights, sampler, seeds; or the folder of images.
+        seconds: How long it took.
+        warnings: What a reader of the numbers should know.
+    """
+    return {
+        "record_version": RECORD_VERSION,
+        "metrics": metrics,
+        "num_images": num_images,
+        "protocol": {
+            "num_images": num_images,
+            "quantisation": "clamped to [-1, 1], rounded to uint8",
+            "moments": "float64 sums, covariance divided by N - 1",
+            "frechet_method": "float64, eigenvalues of a symmetric product",
+            **protocol,
+        },
+        "subject": subject,
+        "environment": {**_environment(), "seconds": round(seconds, 3)},
+        "warnings": warnings,
+    }
+
+
+def describe_sampler(sampler: Sampler, num_steps: int) -> dict[str, Any]:
+    """Describe a sampler by its name and fields, its number of steps spelled out."""
+    name = type(sampler).__name__.removesuffix("Sampler").lower()
+    fields = asdict(sampler)  # type: ignore[call-overload]
+    return {"name": name, **fields, "num_steps": num_steps}
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record as JSON, atomically, creating its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_record(path: str | Path) -> Record:
+    """Read a record.
+
+    Raises:
+        InputError: There is none at the path.
+    """
+    try:
+        record = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no record of a metric ({error})") from error
+    missing = {"metrics", "protocol", "subject", "environment"} - set(record)
+    if not isinstance(record, dict) or missing:
+        raise InputError(f"{path}: not a record of a metric; fid writes them as record.json")
+    return record
+
+
+def protocol_differences(a: Record, b: Record) -> list[str]:
+    """List the fields of the protocols that differ, as `key: a's value, b's value`.
+
+    Numbers whose list is empty may be compared.
+    """
+    ours, theirs = flatten(a["protocol"]), flatten(b["protocol"])
+    keys = sorted(ours.keys() | theirs.keys())
+    return [
+        f"{key}: {ours.get(key)}, {theirs.get(key)}"
+        for key in keys
+        if ours.get(key) != theirs.get(key)
+    ]
+
+
+def _environment() -> dict[str, Any]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    has_gpu = torch.cuda.is_available()
+    return {
+        "versions": versions,
+        "git_commit": _git_commit(),
+        "command": " ".join(sys.argv),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if has_gpu else "cpu",
+        "threads": torch.get_num_threads(),
+        "tf32": torch.backends.cudnn.allow_tf32 if has_gpu else False,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark if has_gpu else False,
+    }
+
+
+def _git_commit() -> str | None:
+    """Name the commit of a checkout; an installed package has none."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

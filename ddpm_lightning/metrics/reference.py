@@ -1,0 +1,128 @@
+"""The real images' side of a distance, computed once and kept under a key that says all of it."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+from ddpm_lightning.data.batches import ImageSet
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.images import write_atomically
+from ddpm_lightning.metrics.features import Extractor
+from ddpm_lightning.metrics.frechet import Moments
+from ddpm_lightning.metrics.judge import Collector, FeatureSet, Metric, needs_features
+
+REFERENCE_VERSION = 1
+
+
+class Reference(NamedTuple):
+    """Statistics of real images, and the protocol's fields that name them."""
+
+    features: FeatureSet
+    protocol: dict[str, Any]
+
+
+def reference_of(
+    images: ImageSet,
+    name: str,
+    extractor: Extractor,
+    metrics: Iterable[Metric],
+    cache_dir: Path,
+    batch_size: int = 64,
+) -> Reference:
+    """Give the statistics of a set of images, from the cache where they are known.
+
+    Several processes may ask at once: one computes, the others wait. The images are taken as they
+    are: no flips, no augmentation.
+
+    Args:
+        images: The set.
+        name: What the user calls it, for the protocol.
+        extractor: Whose features.
+        metrics: What they are for.
+        cache_dir: Where statistics are kept.
+        batch_size: Images at a time.
+    """
+    protocol = {
+        "reference": {
+            "name": name,
+            "images_sha256": images.sha256,
+            "num_images": len(images),
+            "image_shape": list(images.image_shape),
+            "augmentation": "none",
+        },
+        **extractor.protocol,
+    }
+    keeps_features = needs_features(metrics)
+    recipe = json.dumps([REFERENCE_VERSION, keeps_features, protocol], sort_keys=True)
+    path = cache_dir / f"reference-{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.npz"
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.is_file():
+            features = _collect(images, extractor, metrics, batch_size)
+            save_reference(path, Reference(features, protocol))
+    return load_reference(path, extractor, metrics)
+
+
+def _collect(
+    images: ImageSet, extractor: Extractor, metrics: Iterable[Metric], batch_size: int
+) -> FeatureSet:
+    collector = Collector(extractor, [metric for metric in metrics if metric != "is"])
+    device = next(extractor.module.parameters()).device
+    starts = range(0, len(images), batch_size)
+    for start in tqdm(starts, desc="features of the reference", delay=2, unit="batch"):
+        chosen = np.arange(start, min(start + batch_size, len(images)))
+        collector.add(torch.from_numpy(images[chosen]).to(device))
+    return collector.finish()
+
+
+def save_reference(path: Path, reference: Reference) -> None:
+    """Write statistics as .npz: arrays and a line of JSON, nothing pickled."""
+    moments, features, _ = reference.features
+    arrays: dict[str, Any] = {
+        "num_images": np.int64(moments.num_images),
+        "mean": moments.mean.numpy(),
+        "covariance": moments.covariance.numpy(),
+        "protocol": np.array(json.dumps(reference.protocol)),
+    }
+    if features is not None:
+        arrays["features"] = features.numpy()
+    write_atomically(path, lambda file: np.savez(file, **arrays))
+
+
+def load_reference(path: str | Path, extractor: Extractor, metrics: Iterable[Metric]) -> Reference:
+    """Read saved statistics.
+
+    Raises:
+        InputError: It is no such file, another extractor's, or lacks what a metric needs.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        protocol = json.loads(str(arrays["protocol"]))
+        moments = Moments(
+            int(arrays["num_images"]),
+            torch.from_numpy(arrays["mean"]),
+            torch.from_numpy(arrays["covariance"]),
+        )
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise InputError(f"{path}: not a file of reference statistics ({error})") from error
+    for key, value in extractor.protocol.items():
+        if protocol.get(key) != value:
+            raise InputError(
+                f"{path}: statistics of another extractor: {key} is {protocol.get(key)}, "
+                f"but {extractor.name} has {value}"
+            )
+    features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
+    if needs_features(metrics) and features is None:
+        raise InputError(
+            f"{path}: holds only moments; KID, precision and recall need the features: name the "
+            "data set instead"
+        )
+    return Reference(FeatureSet(moments, features, None), protocol)
