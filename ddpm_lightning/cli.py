@@ -1,6 +1,7 @@
 """fit, validate and test: LightningCLI with run folders and one-line errors."""
 
 import sys
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard.summary import hparams
 
@@ -180,18 +182,20 @@ class CLI(LightningCLI):
         """Make the Trainer with this project's callbacks, its run folder as root."""
         config = self.config_init[self.subcommand].trainer
         callbacks = [Curves(), *([Progress()] if config.enable_progress_bar is not False else [])]
-        config.callbacks = [*callbacks, *(config.callbacks or [])]
+        config.callbacks = [*callbacks, *_listed(config.callbacks)]
         config.plugins = [*_listed(config.plugins), AtomicCheckpointIO()]
         if self.run is not None:
             config.default_root_dir = str(self.run.root)
         if config.logger is None or config.logger is True:
             # events of steps after the checkpoint belong to the run that was cut off
-            purge_step = self.checkpoint["global_step"] + 1 if self.checkpoint else None
+            purge_step = self.checkpoint["global_step"] + 1 if self.checkpoint else 0
             config.logger = self.run is not None and RunLogger(
                 self.run.root, name="", version="", default_hp_metric=False, purge_step=purge_step
             )
         with refusals_of("--trainer"):
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
+        _check_strategy(trainer)
+        return trainer
 
     def instantiate_classes(self) -> None:
         """Read the checkpoint's header first, so that a wrong one stops before any work."""
@@ -211,6 +215,8 @@ class CLI(LightningCLI):
         self.model.check_images(data.image_shape)
         if self.checkpoint is not None:
             check_same_model(self.checkpoint, self.model.hyper_parameters(), self.ckpt_path or "")
+            if self.run is not None and self.run.newest_checkpoint() is not None:
+                data.check_same_data(self.checkpoint, self.ckpt_path or "")
 
     def _prepare_training(self) -> None:
         """Check what only training needs."""
@@ -220,7 +226,7 @@ class CLI(LightningCLI):
                 samples.sampler.respace(self.model.process)
         fid = find_callback(self.trainer, FID)
         if fid is not None and fid.every_n_steps:
-            fid.check(self.model.process)
+            fid.check(self.model.process, find_callback(self.trainer, EMA))
         with refusals_of("--model.optimizer"):
             self.model.configure_optimizers()
         step = self.checkpoint["global_step"] if self.checkpoint else 0
@@ -242,13 +248,19 @@ class CLI(LightningCLI):
         num_parameters = sum(p.numel() for p in self.model.net.parameters())
         announce(
             f"data: {self.datamodule.num_train:,} images of {channels}x{height}x{width} to train "
-            f"on, {self.datamodule.num_val:,} to validate\n"
+            f"on, {self.datamodule.num_val:,} to validate{self.datamodule.note_of_skipped()}\n"
             f"network: {type(self.model.net).__name__}, {num_parameters:,} parameters, "
             f"on {self.trainer.num_devices * self.trainer.num_nodes} x "
             f"{self.trainer.strategy.root_device.type}"
         )
 
-    before_validate = before_test = _prepare
+    def before_validate(self) -> None:
+        """Prepare."""
+        self._prepare()
+        if not self.datamodule.num_val:
+            raise InputError("--data.val_fraction 0: leaves no images to validate on")
+
+    before_test = before_validate
 
     # --- after -------------------------------------------------------------------------------
 
@@ -289,10 +301,12 @@ class CLI(LightningCLI):
         for key in ("run_dir", "ckpt_path", "config"):  # they say where, not what
             del config[key]
         text = self._subcommand_parsers[str(self.subcommand)].dump(config, skip_none=False)
+        step = 0 if self.checkpoint is None else self.checkpoint["global_step"]
+        ends = chain([""], (f"-{number}" for number in count(2)))
+        others = (f"config.step={step}{end}.yaml" for end in ends)
         path = run.config
-        if path.exists() and path.read_text() != text:
-            step = 0 if self.checkpoint is None else self.checkpoint["global_step"]
-            path = path.with_name(f"config.step={step}.yaml")
+        while path.exists() and path.read_text() != text:
+            path = path.with_name(next(others))
         path.write_text(text)
         for logger in self.trainer.loggers:
             if isinstance(logger, RunLogger):
@@ -337,6 +351,24 @@ def _beside_python(name: str) -> Path:
     """Give the path of a program of this environment, from this folder where it lies below it."""
     path = Path(sys.executable).with_name(name)
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _check_strategy(trainer: Trainer) -> None:
+    """Refuse what this project's parts would be silently wrong on.
+
+    Raises:
+        InputError: Parameters or optimizer are sharded, or the device has no float64.
+    """
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise InputError(
+            f"--trainer.strategy {type(trainer.strategy).__name__}: shards what the average of the "
+            "weights and clipping need whole; use ddp"
+        )
+    if trainer.strategy.root_device.type == "mps":
+        raise InputError(
+            "--trainer.accelerator mps: has no float64, which the schedule's tables are in; "
+            "use --trainer.accelerator cpu"
+        )
 
 
 def _listed(value: Any) -> list[Any]:

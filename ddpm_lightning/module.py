@@ -21,11 +21,24 @@ from ddpm_lightning.diffusion.schedules import Schedule, make_betas
 from ddpm_lightning.diffusion.timesteps import draw_timesteps
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import to_float, to_uint8
-from ddpm_lightning.randomness import NUM_SEEDS, NoiseStreams, Stream, hash_indices
+from ddpm_lightning.randomness import NUM_SEEDS, NoiseStreams, Stream, hash_indices, to_device
 from ddpm_lightning.samplers import Sampler, SamplerName, Step, make_sampler
 
 VALIDATION_SEED = 20200619
 """Keys validation's t and noise: the same in every run, so that curves can be compared."""
+
+
+def finished_images(last: Step) -> Tensor:
+    """Turn the last step of a chain into uint8 images [N, C, H, W].
+
+    Raises:
+        InputError: A sample is not finite.
+    """
+    if not last.x_prev.isfinite().all():
+        raise InputError(
+            "a sample is not finite: the weights have diverged; take an earlier checkpoint"
+        )
+    return to_uint8(last.x_prev)
 
 
 class DDPM(LightningModule):
@@ -105,6 +118,11 @@ class DDPM(LightningModule):
             raise InputError(f"{path}: does not describe a model whole: {reason}") from error
         return module.eval()
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path) -> "DDPM":
+        """Do as `from_checkpoint` does, under Lightning's name for it."""
+        return cls.from_checkpoint(checkpoint_path)
+
     def hyper_parameters(self) -> dict[str, Any]:
         """Give the plain values that rebuild this module without its optimizer."""
         shape = None if self.image_shape is None else list(self.image_shape)
@@ -149,11 +167,7 @@ class DDPM(LightningModule):
         """
         for start in range(0, len(seeds), batch_size):
             *_, last = self.denoise(seeds[start : start + batch_size], sampler)
-            if not last.x_prev.isfinite().all():
-                raise InputError(
-                    "a sample is not finite: the weights have diverged; take an earlier checkpoint"
-                )
-            yield to_uint8(last.x_prev)
+            yield finished_images(last)
 
     @torch.no_grad()
     def denoise(self, seeds: Sequence[int], sampler: Sampler) -> Iterator[Step]:
@@ -166,11 +180,11 @@ class DDPM(LightningModule):
         if not all(0 <= seed < NUM_SEEDS for seed in seeds):
             raise InputError(f"seeds must lie in 0..{NUM_SEEDS - 1}")
         # On the CPU, so that a seed means the same picture on any kind of device.
-        streams = NoiseStreams(seeds, torch.device("cpu"))
+        streams = NoiseStreams(seeds, torch.device("cpu"), self.device.type == "cuda")
         shape = self.image_shape
 
         def draw() -> Tensor:
-            return streams.normal(shape).to(self.device, self._noising_dtype, non_blocking=True)
+            return to_device(streams.normal(shape), self.device).to(self._noising_dtype)
 
         was_training = self.net.training
         self.net.eval()
@@ -197,7 +211,8 @@ class DDPM(LightningModule):
             Losses, float [N], and timesteps, int64 [N].
         """
         x_0 = to_float(batch.images, self._noising_dtype)
-        t = draw_timesteps(seed, batch.positions, self.process.num_timesteps).to(self.device)
+        t = draw_timesteps(seed, batch.positions, self.process.num_timesteps)
+        t = to_device(t, self.device)
         noise_seeds = hash_indices(seed, Stream.NOISE, batch.positions)
         noise = NoiseStreams(noise_seeds, self.device).normal(x_0.shape[1:]).to(x_0.dtype)
         return simple_loss(self, self.process, x_0, t, noise), t
@@ -248,7 +263,26 @@ class DDPM(LightningModule):
             raise InputError(f"{self._misfit(size, image_shape[0])} ({error})") from error
         if output.shape != x.shape:
             raise InputError(self._misfit(size, image_shape[0]))
+        if self.image_shape not in (None, image_shape):
+            asked = "x".join(map(str, self.image_shape))
+            raise InputError(f"--model.image_shape says {asked}, but the images are {size}")
         self.image_shape = image_shape
+
+    def on_train_start(self) -> None:
+        """Let the optimizer's options be those asked for, where a checkpoint brought others.
+
+        Lightning restores options with the state: a new learning rate would silently be ignored.
+        """
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, LambdaLR)
+        optimizer = scheduler.optimizer
+        asked = self._optimizer(self.net.parameters())
+        for group, options in zip(optimizer.param_groups, asked.param_groups, strict=True):
+            group |= {key: value for key, value in options.items() if key != "params"}
+            group["initial_lr"] = options["lr"]
+        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Warm the learning rate up linearly; the first update has rate 0, as the authors' has."""

@@ -60,29 +60,41 @@ def hash_uniform(seed: int, stream: Stream, indices: NDArray[np.int64]) -> NDArr
     return bits.astype(np.float64) * 2.0**-53
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to a device without making the host wait for what runs there."""
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()  # from ordinary memory the copy would be synchronous
+    return tensor.to(device, non_blocking=True)
+
+
 class NoiseStreams:
     """One generator per image: draw k of image n is a pure function of (seeds[n], k).
 
     Args:
         seeds: One per image, each in [0, NUM_SEEDS) (other bits are dropped).
         device: Where the generators live. Values are bit-equal on one device type.
+        pin_memory: Draw into page-locked memory, for `to_device`.
     """
 
-    def __init__(self, seeds: Sequence[int] | NDArray[np.uint64], device: torch.device) -> None:
+    def __init__(
+        self,
+        seeds: Sequence[int] | NDArray[np.uint64],
+        device: torch.device,
+        pin_memory: bool = False,
+    ) -> None:
         self._device = device
+        self._pin_memory = pin_memory
         self._generators = [
             torch.Generator(device).manual_seed(int(seed) % NUM_SEEDS) for seed in seeds
         ]
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Draw standard normal noise, float32 [len(seeds), *shape] on the generators' device."""
-        # Page-locked memory lets a copy to a GPU overlap with the kernels that run there.
-        pin = self._device.type == "cpu" and torch.cuda.is_available()
         noise = torch.empty(
             (len(self._generators), *shape),
             dtype=torch.float32,  # whatever the default: another dtype has other draws
             device=self._device,
-            pin_memory=pin,
+            pin_memory=self._pin_memory,
         )
         for row, generator in zip(noise, self._generators, strict=True):
             row.normal_(generator=generator)

@@ -143,7 +143,8 @@ def choose_run(
     if not root.is_dir():
         raise InputError(f"--run_dir {run_dir}: a file; choose a folder")
     # With auto, a run that died before its first checkpoint is begun again in its own folder.
-    if any(root.iterdir()) and ckpt_path != "auto":
+    begins_again = ckpt_path == "auto" and Run(root).config.exists()
+    if any(root.iterdir()) and not begins_again:
         raise InputError(
             f"--run_dir {run_dir}: not empty, and nothing is overwritten; choose another, "
             "or go on in it with --ckpt_path last"

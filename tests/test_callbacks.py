@@ -533,6 +533,24 @@ def test_it_is_saved_after_validation_where_both_are_due(pictures: Path, tmp_pat
         assert not (saved / "best.ckpt").samefile(saved / "last.ckpt")
 
 
+def test_without_validation_images_all_is_saved(pictures: Path, tmp_path: Path) -> None:
+    data = make_data(pictures, val_fraction=0.0)
+    options = {"max_steps": 9, "val_check_interval": 4}
+    trainer = make_trainer(tmp_path, Checkpoints(2, 4), **options)
+    trainer.fit(tiny_module(), data)
+    assert names(tmp_path) == ["last.ckpt", "step=4.ckpt", "step=8.ckpt", "step=9.ckpt"]
+
+
+def test_half_written_files_are_removed(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".last.ckpt.part123").write_bytes(b"half")
+    make_trainer(tmp_path, Checkpoints(), max_steps=1).fit(tiny_module(), make_data(pictures))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "last.ckpt",
+        "step=1.ckpt",
+    ]
+
+
 def test_curves_are_flushed_before_a_checkpoint(pictures: Path, tmp_path: Path) -> None:
     """A run that is killed and goes on from a checkpoint must not miss what came before it."""
     flushed: list[dict[str, list[int]]] = []
@@ -560,7 +578,7 @@ def test_curves_are_flushed_before_a_checkpoint(pictures: Path, tmp_path: Path) 
     )
     for curves in flushed:
         assert [curves[tag] for tag in ("train/loss", "val/loss", "val/loss_ema")] == [[2]] * 3
-    assert len(flushed) == 2  # after the validation, and at the end
+    assert len(flushed) == 1  # after the validation; the end is the same step
 
 
 def test_a_failing_write_leaves_the_old_file(

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,16 @@ import pytest
 import yaml
 
 from ddpm_lightning import DDPM
-from tests.command_line import TINY, TINY_OPTIONS, Result, run_here, run_process, train, tree
+from tests.command_line import (
+    TINY,
+    TINY_OPTIONS,
+    Result,
+    run_here,
+    run_process,
+    start_process,
+    train,
+    tree,
+)
 from tests.training import assert_same_training, load, scalars
 
 TWO_STEPS = ("--config", "tiny.yaml", "--trainer.max_steps", "2")
@@ -335,3 +345,95 @@ class Net(torch.nn.Module):
     described = load(checkpoint)["hyper_parameters"]["net"]
     assert described == {"class_path": "own.Net", "init_args": {"kernel": 5}}
     assert type(DDPM.from_checkpoint(checkpoint).net).__name__ == "Net"
+
+
+# --- going on with something else ----------------------------------------------------------------
+
+
+def test_a_learning_rate_asked_for_on_resume_is_used(here: Path) -> None:
+    run_well(here, "fit", *TWO_STEPS, *QUIET)
+    adam = ("--model.optimizer", "torch.optim.Adam", "--model.optimizer.lr", "5e-5")
+    options = ("--trainer.max_steps=4", "--ckpt_path", "last", "--trainer.log_every_n_steps=1")
+    run_well(here, "fit", "--config", "tiny.yaml", *options, *adam, *QUIET)
+    assert scalars(here / "runs/tiny/1", "train/lr")[4] == pytest.approx(5e-5)
+    group = load(here / "runs/tiny/1/checkpoints/last.ckpt")["optimizer_states"][0]["param_groups"]
+    assert group[0]["lr"] == group[0]["initial_lr"] == 5e-5
+    # both resumes' options are kept
+    options = ("--trainer.max_steps=6", "--ckpt_path", "runs/tiny/1/checkpoints/step=2.ckpt")
+    assert (here / "runs/tiny/1/config.step=2.yaml").exists()
+    run_well(here, "fit", "--config", "tiny.yaml", *options, *QUIET)
+    assert (here / "runs/tiny/2/config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--data.batch_size 5", "data.batch_size 4, but this command has 5"),
+        ("--seed_everything 3", "data."),
+        ("--data.flip true", "data.flip False, but this command has True"),
+    ],
+)
+def test_going_on_with_other_data_is_refused(here: Path, option: str, told: str) -> None:
+    run_well(here, "fit", *TWO_STEPS, *QUIET)
+    before = tree(here)
+    line = ("--config", "tiny.yaml", "--trainer.max_steps", "4", *option.split(), *QUIET)
+    result = run_here(here, "fit", *line, "--ckpt_path", "last")
+    assert result.status == 2
+    assert told in result.err
+    assert "--run_dir NEW" in result.err
+    assert tree(here) == before
+    # a new run from there may have them
+    run_well(here, "fit", *line, "--ckpt_path", "runs/tiny/1/checkpoints/last.ckpt")
+
+
+def test_auto_begins_again_only_in_a_runs_folder(here: Path) -> None:
+    (here / "full").mkdir()
+    (here / "full" / "letter.txt").write_text("mine")
+    line = (*TWO_STEPS, *QUIET, "--run_dir", "full", "--ckpt_path", "auto")
+    result = run_here(here, "fit", *line)
+    assert result.status == 2
+    assert "not empty" in result.err
+    (here / "full" / "config.yaml").write_text("")
+    run_well(here, "fit", *line)
+
+
+def test_sharding_is_refused(here: Path) -> None:
+    strategy = "lightning.pytorch.strategies.ModelParallelStrategy"
+    result = run_here(here, "fit", *TWO_STEPS, *QUIET, "--trainer.strategy", strategy)
+    assert result.status == 2
+    assert result.err.count("\n") == 1
+    assert "use ddp" in result.err or "--trainer" in result.err
+
+
+def test_a_single_callback_is_taken(here: Path) -> None:
+    callback = "lightning.pytorch.callbacks.ModelSummary"
+    result = run_here(here, "fit", *TWO_STEPS, *QUIET, "--trainer.callbacks", callback)
+    assert result.status == 0, result.err
+
+
+def test_broken_images_left_out_are_told_again(here: Path, pictures: Path) -> None:
+    shutil.copytree(pictures, here / "pictures")
+    (here / "pictures" / "train" / "zzz.png").write_bytes(b"no image")
+    line = (*TWO_STEPS, *QUIET, "--data.source", "pictures", "--data.on_error", "skip")
+    for _ in range(2):  # decoding, and from the cache
+        assert "(1 broken ones left out)" in run_well(here, "fit", *line).out
+
+
+def test_validate_without_images_is_refused(here: Path) -> None:
+    run_well(here, "fit", *TWO_STEPS, *QUIET)
+    line = ("--config", "tiny.yaml", "--data.source", "digits", "--ckpt_path", "last")
+    result = run_here(here, "validate", *line, "--data.val_fraction", "0")
+    assert result.status == 2
+    assert "no images to validate on" in result.err
+
+
+def test_sigterm_has_its_own_status(here: Path) -> None:
+    line = ("--config", "tiny.yaml", "--trainer.max_steps", "100000", *QUIET)
+    process = start_process(here, "fit", *line)
+    checkpoint = here / "runs/tiny/1/checkpoints/last.ckpt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    process.communicate(timeout=120)
+    assert process.returncode == 143

@@ -51,6 +51,7 @@ def pretend(
         accumulate_grad_batches=accumulate,
         global_step=step,
         overfit_batches=0,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
     return data
 

@@ -9,10 +9,13 @@ import pytest
 import torch
 import yaml
 
+from ddpm_lightning.callbacks import EMA
 from ddpm_lightning.checkpoints import build
 from ddpm_lightning.cli import CLI
 from ddpm_lightning.data.batches import Batch
+from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.module import DDPM
+from tests.command_line import run_here
 
 EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
 
@@ -73,10 +76,25 @@ def test_experiment_opens_with_what_it_is(path: Path) -> None:
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_experiment_parses_and_builds(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = parse(path, monkeypatch)
-    assert num_parameters(config) > 0
+    monkeypatch.setattr(sys, "argv", ["ddpm_lightning", "fit", "--config", str(path)])
+    cli = ParsedOnly()
+    config = cli.config["fit"]
+    built = cli.parser.instantiate_classes(cli.config)["fit"]
+    assert isinstance(built.model, DDPM)
+    assert isinstance(built.data, ImageDataModule)
+    assert isinstance(built.ema, EMA)
+    assert num_parameters(config) == sum(p.numel() for p in built.model.net.parameters())
     for keys in _leaves(yaml.safe_load(path.read_text())):
         assert ".".join(keys) in config, f"{path.name} sets {keys}, which was not taken"
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER if name != "cifar10"])
+def test_experiment_without_its_images_is_refused(name: str, tmp_path: Path) -> None:
+    path = EXPERIMENTS[0].with_name(f"{name}.yaml")
+    result = run_here(tmp_path, "fit", "--config", path)
+    assert result.status == 2
+    assert "path/to/" in result.err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -416,6 +416,22 @@ def test_impossible_samples_are_refused(sampling: DDPM) -> None:
         sampling.sample([0], "ddim", num_steps=50)
 
 
+def test_diverged_weights_are_named(sampling: DDPM) -> None:
+    parameter = next(sampling.net.parameters())
+    kept = parameter.data.clone()
+    parameter.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="not finite.*earlier checkpoint"):
+        sampling.sample([0], num_steps=2)
+    parameter.data.copy_(kept)
+
+
+def test_another_image_shape_is_refused() -> None:
+    module = tiny_module(image_shape=(1, 8, 8))
+    module.check_images((1, 8, 8))
+    with pytest.raises(InputError, match="image_shape says 1x8x8, but the images are 1x4x4"):
+        module.check_images((1, 4, 4))
+
+
 # --- optimisation ----------------------------------------------------------------------------
 
 

@@ -34,6 +34,7 @@ OPTIONS = {
     "model.num_timesteps": 20,
     "model.lr_warmup_steps": 20,
     "samples.every_n_steps": 20,
+    "fid.every_n_steps": 0,
     "samples.num_images": 4,
     "samples.num_steps": 5,
 }
@@ -176,3 +177,7 @@ def test_samples_do_not_depend_on_ranks(
         one, two = (np.asarray(Image.open(tmp_path / out / name)) for out in ("one", "two"))
         assert np.array_equal(one, two), name
     assert len({(tmp_path / "one" / name).read_bytes() for name in names}) == len(names)
+    # a rank without a batch is no error
+    few = ["sample", checkpoint, "--num_images", "2", "--num_steps", "2", "--accelerator", "cpu"]
+    launch(tmp_path, pictures, *few, "--devices", "2", "--out", "few")
+    assert (tmp_path / "few" / "grid.png").exists()

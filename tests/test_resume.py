@@ -106,7 +106,7 @@ def test_resuming_is_going_on(
             assert train.recorder.steps == seen.steps[start * accumulate :]
             validated = [step for step in (4, 8, 12) if step > start]
             assert train.recorder.at("validation") == validated
-            assert train.recorder.at("save") == [*range(start + 1, 13), 12]
+            assert train.recorder.at("save") == list(range(start + 1, 13))
             for tag in ("val/loss", "val/loss_ema"):
                 assert train.logger.scalars[tag] == {step: curves[tag][step] for step in validated}
             assert train.logger.scalars["train/loss"][12] == curves["train/loss"][12]
@@ -125,6 +125,7 @@ OPTIONS = {
     "model.net.dropout": 0.1,
     "model.num_timesteps": 20,
     "samples.every_n_steps": 0,
+    "fid.every_n_steps": 0,
     "checkpoints.every_n_steps": 10,
     "checkpoints.keep_every_n_steps": 30,
 }

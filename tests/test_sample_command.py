@@ -65,10 +65,7 @@ def test_pictures_are_named_by_their_seeds(here: Path, checkpoint: Path) -> None
         "checkpoint_sha256": file_sha256(checkpoint),
         "weights": "ema",
         "sampler": {"name": "ddpm", "num_steps": None, "clip": True},
-        "seeds": "2,7-9,123456",
         "batch_size": 2,
-        "format": "png",
-        "gif": False,
     }
     stacked = torch.stack(list(images(here / "out").values()))
     assert torch.equal(pixels(here / "out/grid.png"), make_grid(stacked))
@@ -157,12 +154,26 @@ def test_default_folder_is_in_the_run(here: Path, checkpoint: Path) -> None:
     shutil.copy(checkpoint, run / "checkpoints/last.ckpt")
     options = ("run/checkpoints/last.ckpt", "--num_images", 1)
     result = sample(here, *options)
-    assert result.out.startswith("samples: run/generated/last-ema-ddpm-20\n")
+    assert result.out.startswith("samples: run/generated/step=10-ema-ddpm-20\n")
     sample(here, *options, "--sampler", "ddim", "--num_steps", 3, "--weights", "raw")
+    sample(here, *options, "--sampler", "ddim", "--num_steps", 3, "--eta", "0.5")
     assert {path.name for path in (run / "generated").iterdir()} == {
-        "last-ema-ddpm-20",
-        "last-raw-ddim-3",
+        "step=10-ema-ddpm-20",
+        "step=10-raw-ddim-3",
+        "step=10-ema-ddim-3-eta0.5",
     }
+    shutil.copy(checkpoint, here / "elsewhere.ckpt")
+    result = sample(here, "elsewhere.ckpt", "--num_images", 1)
+    assert result.out.startswith("samples: generated/step=10-ema-ddpm-20\n")
+
+
+def test_seeds_may_be_added_later(here: Path, checkpoint: Path) -> None:
+    sample(here, checkpoint, "--num_images", 2, "--batch_size", 2, "--out", "out")
+    before = tree(here / "out")
+    sample(here, checkpoint, "--num_images", 4, "--batch_size", 2, "--out", "out", "--gif")
+    after = tree(here / "out")
+    assert set(after) - set(before) == {"000002.png", "000003.png", "denoising.gif"}
+    assert after["settings.json"] == before["settings.json"]
 
 
 def test_goes_on_where_it_stopped(here: Path, checkpoint: Path) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from ddpm_lightning.callbacks.fid import FID
-from ddpm_lightning.callbacks.shared import find_callback
+from ddpm_lightning.callbacks.shared import TrainerRanks, find_callback
 from ddpm_lightning.checkpoints import load_checkpoint
 from ddpm_lightning.data.datamodule import Batch
 from ddpm_lightning.errors import InputError
@@ -79,7 +79,21 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:
         """See what is there already: a resumed run must not replace a better best.ckpt."""
         self._step = trainer.global_step
-        best = self.folder(trainer) / "best.ckpt"
+        steps = TrainerRanks(trainer).concatenate(torch.tensor([[self._step]]))
+        if len(set(steps.flatten().tolist())) > 1:
+            raise InputError(
+                f"the ranks go on from different steps ({steps.flatten().tolist()}); "
+                "--run_dir must be a folder that all nodes share"
+            )
+        if trainer.is_global_zero:
+            self._tidy(self.folder(trainer))
+        self._lowest = trainer.strategy.broadcast(self._lowest)
+
+    def _tidy(self, folder: Path) -> None:
+        """Remove what a killed process left half-written, and see how good best.ckpt is."""
+        for part in folder.glob(".*.part*"):
+            part.unlink()
+        best = folder / "best.ckpt"
         if best.exists():
             self._lowest = load_checkpoint(best)["callbacks"][self.state_key]["lowest"]
 
@@ -89,7 +103,7 @@ class Checkpoints(Checkpoint):
         """Save where it is due; where validation follows at once, it is saved after that."""
         stepped = trainer.global_step != self._step
         self._step = trainer.global_step
-        if stepped and not self._validation_follows(trainer, batch_idx):
+        if stepped and not self._validation_follows(trainer):
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: DDPM) -> None:
@@ -128,9 +142,10 @@ class Checkpoints(Checkpoint):
             )
 
     @staticmethod
-    def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
+    def _validation_follows(trainer: Trainer) -> bool:
         interval = trainer.val_check_batch or float("inf")  # None where time decides
-        return trainer.enable_validation and (batch_idx + 1) % interval == 0
+        num_done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        return sum(trainer.num_val_batches) > 0 and num_done % interval == 0
 
     def _save_if_due(self, trainer: Trainer) -> None:
         names = ["best"] if self._is_best(trainer) else []

@@ -1,16 +1,29 @@
 """The numbers that one watches while it trains."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 
-from ddpm_lightning.callbacks.shared import Mean, log_evaluation, log_scalars
+from ddpm_lightning.callbacks.shared import Mean, find_callback, log_evaluation, log_scalars
 from ddpm_lightning.data.datamodule import Batch
 from ddpm_lightning.module import DDPM
 
 NUM_QUARTILES = 4
+
+
+@contextmanager
+def aside(trainer: Trainer) -> Iterator[None]:
+    """Do something that does not count as training."""
+    start = time.perf_counter()
+    yield
+    curves = find_callback(trainer, Curves)
+    if curves is not None:
+        curves.set_aside(time.perf_counter() - start)
 
 
 class Curves(Callback):
@@ -18,6 +31,7 @@ class Curves(Callback):
 
     A window runs from one logging step to the next (`--trainer.log_every_n_steps`). The losses
     are means over all its images, on all ranks and micro-batches; the device is waited for once.
+    The speed includes waiting for data, but not validation, drawing and judging.
     """
 
     def __init__(self) -> None:
@@ -25,19 +39,26 @@ class Curves(Callback):
         self._losses = Mean(NUM_QUARTILES)
         self._val_loss = Mean()
         self._num_images = 0
-        self._seconds = 0.0
-        self._start = 0.0
+        self._window_start = 0.0
+        self._seconds_aside = 0.0
+        self._validation_start = 0.0
+        self._lr = 0.0
         self._step = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:
-        """Note the step that a resumed run goes on from."""
-        self._step = trainer.global_step
+    def set_aside(self, seconds: float) -> None:
+        """Leave time that was not spent on training out of the window's speed."""
+        self._seconds_aside += seconds
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: DDPM, batch: Batch, batch_idx: int
+    def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:
+        """Start the first window, where a resumed run goes on."""
+        self._step = trainer.global_step
+        self._window_start = time.perf_counter()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: DDPM, optimizer: Optimizer
     ) -> None:
-        """Start the clock: validation and sampling do not count as training."""
-        self._start = time.perf_counter()
+        """Note the rate of this step: the scheduler moves on before the batch ends."""
+        self._lr = float(optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: DDPM, outputs: Any, batch: Batch, batch_idx: int
@@ -54,20 +75,24 @@ class Curves(Callback):
         if due:
             *quarters, loss = self._losses.over_ranks(trainer)
             assert pl_module.grad_norm is not None
-            grad_norm = float(pl_module.grad_norm)
-        self._seconds += time.perf_counter() - self._start  # the device was waited for
+            grad_norm = float(pl_module.grad_norm)  # the device has been waited for
         if not due:
             return
+        now = time.perf_counter()
+        seconds = now - self._window_start - self._seconds_aside
         self.latest = {
             "train/loss": loss,
             **{f"train/loss_q{index}": value for index, value in enumerate(quarters, start=1)},
             "train/grad_norm": grad_norm,
-            # the scheduler has moved on: this is the rate of the next step
-            "train/lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
-            "train/images_per_second": self._num_images / self._seconds,
+            "train/lr": self._lr,
+            "train/images_per_second": self._num_images / seconds,
         }
         log_scalars(trainer, self.latest)
-        self._num_images, self._seconds = 0, 0.0
+        self._num_images, self._seconds_aside, self._window_start = 0, 0.0, now
+
+    def on_validation_start(self, trainer: Trainer, pl_module: DDPM) -> None:
+        """Stop the clock."""
+        self._validation_start = time.perf_counter()
 
     def on_validation_batch_end(
         self,
@@ -82,7 +107,8 @@ class Curves(Callback):
         self._val_loss.add(outputs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: DDPM) -> None:
-        """Log `val/loss`."""
+        """Log `val/loss`, and let the clock run again."""
+        self.set_aside(time.perf_counter() - self._validation_start)
         log_evaluation(trainer, pl_module, "loss", self._val_loss)
 
     on_test_batch_end = on_validation_batch_end

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from tqdm import tqdm
 
+from ddpm_lightning.callbacks.curves import aside
 from ddpm_lightning.callbacks.ema import EMA
 from ddpm_lightning.callbacks.progress import bar_options
 from ddpm_lightning.callbacks.shared import TrainerRanks, find_callback, log_scalars
@@ -35,7 +36,7 @@ class FID(Callback):
     All ranks sample their share; sums are reduced. The numbers are logged under names that say
     what they are, such as fd_efficientnet-lite0_1k/ema, and each has its record in
     RUN/fid/step=N-WEIGHTS.json. The extractor is no part of the module or its checkpoints, and
-    training goes on as if nothing had been judged.
+    training goes on as if nothing had been judged: no global random state is touched.
 
     Args:
         every_n_steps: Optimizer steps from number to number; 0 judges never.
@@ -83,6 +84,7 @@ class FID(Callback):
         self._reference: Reference | None = None
         self._start = 0.0
         self._step = 0
+        self._judged_step = 0
 
     @property
     def names(self) -> list[str]:
@@ -104,18 +106,23 @@ class FID(Callback):
             self._extractor = make_extractor(self._extractor_name, self._extractor_weights)
         return self._extractor
 
-    def check(self, process: Process) -> None:
+    def check(self, process: Process, ema: EMA | None) -> None:
         """Refuse early what cannot be judged.
 
         Raises:
-            InputError: The extractor or its weights are missing, it has no classes for the
-                Inception Score, or the schedule has not so many steps.
+            InputError: The extractor or its weights are missing, it cannot serve the metrics, the
+                schedule has not so many steps, or there is no average of the weights.
         """
+        if "ema" in self.weights and (ema is None or ema.decay == 0):
+            raise InputError(
+                "--fid.weights ema: there is no average of the weights (--ema.decay 0); give "
+                "--fid.weights [raw], or judge never with --fid.every_n_steps 0"
+            )
         try:
             self.sampler.respace(process)
         except InputError as error:
             raise InputError(f"--fid.num_steps: {error}") from error
-        check_metrics(self.metrics, self.extractor)
+        check_metrics(self.metrics, self.extractor, self.num_images)
 
     def share_of_time(self) -> float:
         """Give the share of the wall time since training began that judging took."""
@@ -124,9 +131,10 @@ class FID(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Note where a resumed run goes on, and take the training images' features."""
         self._start = time.perf_counter()
-        self._step = trainer.global_step
+        self._step = self._judged_step = trainer.global_step
         if not self.every_n_steps:
             return
+        self.check(pl_module.process, find_callback(trainer, EMA))
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
             raise InputError("the FID callback needs a data module: its images are the reference")
@@ -145,21 +153,28 @@ class FID(Callback):
         if not (self.every_n_steps and stepped):
             return
         if self._step % self.every_n_steps == 0 or self._step == trainer.max_steps:
-            start = time.perf_counter()
+            with aside(trainer):
+                self._judge_all(trainer, pl_module)
+            pl_module.log_dict(self.latest, logger=False)  # for callbacks that monitor it
+
+    def on_train_end(self, trainer: Trainer, pl_module: DDPM) -> None:
+        """Judge the last step, where it was not known beforehand that it would be the last."""
+        if self.every_n_steps and trainer.global_step != self._judged_step:
             self._judge_all(trainer, pl_module)
-            self.seconds += time.perf_counter() - start
-            log_scalars(trainer, {"fid/share_of_time": self.share_of_time()})
 
     def _judge_all(self, trainer: Trainer, pl_module: DDPM) -> None:
-        ema = find_callback(trainer, EMA)
+        start = time.perf_counter()
+        self._judged_step = trainer.global_step
         for weights in self.weights:
             if weights == "raw":
                 self._judge(trainer, pl_module, weights)
-            elif ema is not None and ema.is_active:
+            else:
+                ema = find_callback(trainer, EMA)
+                assert ema is not None  # see check
                 with ema.scope(pl_module):
                     self._judge(trainer, pl_module, weights)
-        pl_module.log_dict(self.latest, logger=False)
-        log_scalars(trainer, self.latest)
+        self.seconds += time.perf_counter() - start
+        log_scalars(trainer, {**self.latest, "fid/share_of_time": self.share_of_time()})
 
     def _judge(self, trainer: Trainer, pl_module: DDPM, weights: Weights) -> None:
         assert self._reference is not None

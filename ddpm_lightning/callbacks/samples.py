@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from ddpm_lightning.callbacks.curves import aside
 from ddpm_lightning.callbacks.ema import EMA
 from ddpm_lightning.callbacks.shared import find_callback, log_scalars
 from ddpm_lightning.data.datamodule import Batch
@@ -66,7 +67,8 @@ class Samples(Callback):
         stepped = trainer.global_step != self._step
         self._step = trainer.global_step
         if self.every_n_steps and stepped and self._step % self.every_n_steps == 0:
-            self._draw(trainer, pl_module)
+            with aside(trainer):
+                self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Draw the last step, if that has not just been done."""

@@ -1,6 +1,7 @@
 """`sample`: turn seeds into PNGs, a grid and an animation with a checkpoint."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ddpm_lightning.callbacks.progress import bar_options
-from ddpm_lightning.checkpoints import Weights, file_sha256
+from ddpm_lightning.checkpoints import Weights, file_sha256, load_checkpoint
 from ddpm_lightning.commands.options import parse_options
 from ddpm_lightning.commands.shell import announce, refusals_of, run_command
 from ddpm_lightning.errors import InputError
@@ -26,7 +27,7 @@ from ddpm_lightning.images import (
     write_gif,
     write_png,
 )
-from ddpm_lightning.module import DDPM
+from ddpm_lightning.module import DDPM, finished_images
 from ddpm_lightning.randomness import NUM_SEEDS
 from ddpm_lightning.runs import is_rank_zero
 from ddpm_lightning.samplers import Sampler, SamplerName, make_sampler
@@ -66,7 +67,8 @@ def sample(
         num_steps: Network evaluations per image; ddpm takes all timesteps, ddim 50.
         eta: Share of fresh noise for ddim, from 0 (deterministic, the default) to 1.
         weights: The moving average, or the raw weights.
-        out: The output folder; RUN/generated/CHECKPOINT-WEIGHTS-SAMPLER-STEPS when left out.
+        out: The output folder; RUN/generated/step=N-WEIGHTS-SAMPLER-STEPS when left out. Other
+            seeds may be added to it later.
         format: png writes a file per image; npz one samples.npz with arr_0, uint8 [N, H, W, C].
         gif: Also write OUT/denoising.gif, the first images' way from noise.
         batch_size: Images at a time on each device.
@@ -91,20 +93,20 @@ def sample(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-    folder = Path(out) if out else _default_folder(Path(checkpoint), weights, chosen, model)
+    steps = chosen.count_steps(model.process)
+    folder = Path(out or _default_folder(Path(checkpoint), weights, sampler, steps, eta))
     settings = {
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": file_sha256(checkpoint),
         "weights": weights,
         "sampler": {"name": sampler, **asdict(chosen)},  # type: ignore[call-overload]
-        "seeds": seeds_to_text(wanted),
         "batch_size": batch_size,
-        "format": format,
-        "gif": gif,
     }
+    if format == "npz":  # one file, which cannot grow
+        settings |= {"format": format, "seeds": seeds_to_text(wanted)}
     if is_rank_zero():
         _claim(folder, settings)
-    if (folder / "samples.npz").exists():
+    if format == "npz" and (folder / "samples.npz").exists():
         announce(f"samples: {folder} (they were there already)")
         return
     task = SampleTask(model, chosen, wanted, batch_size, folder, gif)
@@ -160,11 +162,16 @@ class SampleTask(LightningModule):
             bar_format="{desc} {n:.0f}/{total} |{bar}| {elapsed}<{remaining}, {rate_fmt}",
             **bar_options(),
         )
-        return DataLoader(todo, batch_size=None)  # type: ignore[arg-type]
+        # As many on every rank, empty ones at the end: Lightning stops a rank that has none.
+        num_batches = math.ceil(len(self._batches) / self.trainer.world_size)
+        padding: list[Sequence[int]] = [[] for _ in range(num_batches - len(todo))]
+        return DataLoader([*todo, *padding], batch_size=None)  # type: ignore[arg-type]
 
     def predict_step(self, seeds: Sequence[int], batch_idx: int) -> None:
         """Sample a batch and write it; the bar advances with every step of the chain."""
         assert self._bar is not None
+        if not seeds:
+            return
         num_steps = self._sampler.count_steps(self.model.process)
         frames = _Frames(num_steps) if self._shows(seeds) else None
         step = None
@@ -176,7 +183,7 @@ class SampleTask(LightningModule):
         assert step is not None
         if frames is not None:
             write_gif(self._folder / "denoising.gif", frames.kept)
-        for seed, image in zip(seeds, to_uint8(step.x_prev), strict=True):
+        for seed, image in zip(seeds, finished_images(step), strict=True):
             write_png(_path(self._folder, seed), image)
 
     def on_predict_end(self) -> None:
@@ -252,10 +259,14 @@ def _path(folder: Path, seed: int) -> Path:
     return folder / f"{seed:06d}.png"
 
 
-def _default_folder(checkpoint: Path, weights: Weights, sampler: Sampler, model: DDPM) -> Path:
-    name = type(sampler).__name__.removesuffix("Sampler").lower()
-    steps = sampler.count_steps(model.process)
-    return checkpoint.parent.parent / "generated" / f"{checkpoint.stem}-{weights}-{name}-{steps}"
+def _default_folder(
+    checkpoint: Path, weights: Weights, sampler_name: SamplerName, num_steps: int, eta: float | None
+) -> Path:
+    """Name a folder by what its images depend on; last.ckpt is another one tomorrow."""
+    step = load_checkpoint(checkpoint)["global_step"]
+    name = f"step={step}-{weights}-{sampler_name}-{num_steps}" + (f"-eta{eta:g}" if eta else "")
+    in_run = checkpoint.absolute().parent.name == "checkpoints"
+    return (checkpoint.parent.parent if in_run else checkpoint.parent) / "generated" / name
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:

@@ -2,12 +2,14 @@
 
 import errno
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ddpm_lightning.errors import InputError
 
@@ -32,6 +34,8 @@ def run_command(command: Callable[[], object]) -> int:
         command()
     except (InputError, MisconfigurationException) as error:
         return _fail(str(error))
+    except SIGTERMException:  # Lightning's exit without a status would look like success
+        return 128 + signal.SIGTERM
     except OSError as error:
         if error.errno in DISK_ERRORS:
             return _fail(str(error))

@@ -184,7 +184,9 @@ def _write_images(
                     )
                 skipped.append(name)
                 continue
-            first = first or (name, pixels)
+            if first is None:
+                first = (name, pixels)
+                _check_space(path, len(split) * pixels.nbytes)
             data = _like_first(name, pixels, *first).tobytes()
             digest.update(data)
             file.write(data)
@@ -205,6 +207,21 @@ def _write_images(
         "num_skipped": len(skipped),
         "skipped_names": skipped[:_NUM_SKIPPED_NAMES],
     }
+
+
+def _check_space(path: Path, num_bytes: int) -> None:
+    """Refuse before hours of decoding what will not fit.
+
+    Raises:
+        InputError: The disk has less space than that.
+    """
+    free = shutil.disk_usage(path.parent).free
+    if num_bytes > free:
+        raise InputError(
+            f"{path.parent.parent}: the decoded images take {num_bytes / 1e9:,.1f} GB and "
+            f"{free / 1e9:,.1f} GB are free; name another folder by --data.cache_dir or "
+            "$DDPM_LIGHTNING_CACHE"
+        )
 
 
 def _like_first(name: str, pixels: Pixels, first_name: str, first: Pixels) -> Pixels:

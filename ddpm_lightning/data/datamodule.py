@@ -2,7 +2,7 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -164,6 +164,38 @@ class ImageDataModule(LightningDataModule):
         """Number of validation images."""
         return len(self.val_images) if self.val_images else 0
 
+    def note_of_skipped(self) -> str:
+        """Say how many broken images were left out, as a clause; "" for none."""
+        sets = {id(images.cached): images.cached for images in self._sets if images is not None}
+        num_skipped = sum(cached.num_skipped for cached in sets.values())
+        return f" ({num_skipped:,} broken ones left out)" if num_skipped else ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what the order of the images depends on, for checkpoints."""
+        return {
+            "source": self.source,
+            "images_sha256": self.train_images.sha256,
+            "batch_size": self.batch_size,
+            "flip": self.flip,
+            "seed": self.seed,
+        }
+
+    def check_same_data(self, checkpoint: dict[str, Any], path: str) -> None:
+        """Refuse to go on from a checkpoint of other images, or of another order of them.
+
+        Raises:
+            InputError: Names the first option that differs.
+        """
+        ours = self.state_dict()
+        for key, value in checkpoint.get(type(self).__qualname__, ours).items():
+            if key != "source" and ours.get(key) != value:
+                raise InputError(
+                    f"{path}: written with data.{key} {value}, but this command has "
+                    f"{ours.get(key)}: the run would not go on as it was; give its own "
+                    f"config.yaml with --config, or start a new run by --ckpt_path {path} "
+                    "--run_dir NEW"
+                )
+
     @cached_property
     def channel_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel, two float32 [C] in grey levels.
@@ -207,7 +239,7 @@ class ImageDataModule(LightningDataModule):
             collate_fn=_as_it_is,  # type: ignore[arg-type]  # annotated for lists of examples only
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._device_type == "cuda",
         )
 
     # Without a trainer there is one rank, at step 0.
@@ -223,6 +255,10 @@ class ImageDataModule(LightningDataModule):
     @property
     def _accumulate(self) -> int:
         return self.trainer.accumulate_grad_batches if self.trainer else 1
+
+    @property
+    def _device_type(self) -> str:
+        return self.trainer.strategy.root_device.type if self.trainer else "cpu"
 
     def _step(self) -> int:
         return self.trainer.global_step if self.trainer else 0

@@ -81,7 +81,7 @@ def open_hub(source: str, hint: str) -> Source:
     """Open a data set of the Hugging Face hub, or its copy in the hub's cache on this machine.
 
     Args:
-        source: Its name there, such as "cifar10" or "owner/name".
+        source: Its name there, such as "cifar10", "owner/name" or "owner/name:configuration".
         hint: A clause to put into the message where there is none.
 
     Raises:
@@ -91,11 +91,13 @@ def open_hub(source: str, hint: str) -> Source:
 
     # load_dataset tries for 24 seconds to reach a hub that is not there. Told that it is offline,
     # it looks for what it has downloaded before, at once.
-    reason = _why_out_of_reach(source)
+    name, _, configuration = source.partition(":")
+    reason = _why_out_of_reach(name)
     offline = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = offline or bool(reason)
     try:
-        return _to_source(source, _load(source, lambda: datasets.load_dataset(source), hint))
+        loaded = _load(source, lambda: datasets.load_dataset(name, configuration or None), hint)
+        return _to_source(source, loaded)
     except ConnectionError as error:
         raise InputError(
             f"--data.source {source} is no folder here{hint}, and the Hugging Face hub is out of "

@@ -74,7 +74,8 @@ def check_batch_size(batch_size: int, world_size: int, accumulate: int) -> None:
     sizes = [str(size) for size in (below, below + parts) if size]
     raise InputError(
         f"--data.batch_size {batch_size} does not divide by {world_size} ranks x {accumulate} "
-        f"accumulated batches; the nearest sizes that do: {' and '.join(sizes)}"
+        f"accumulated batches; the nearest sizes that do: {' and '.join(sizes)} (or give another "
+        "number of --trainer.devices)"
     )
 
 

@@ -10,7 +10,7 @@ from ddpm_lightning.data.items import ArraySplit, Source, fingerprint
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import Pixels, levels_to_uint8
 
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:\w[\w.-]*)?")
 
 
 def open_source(source: str) -> Source:
@@ -19,7 +19,8 @@ def open_source(source: str) -> Source:
     In this order: "digits", the handwritten digits of scikit-learn (1797 of 8 x 8); a folder with
     IDX files (MNIST, Fashion-MNIST); a folder written by `datasets.save_to_disk`; a folder of
     images; a folder of Parquet or Arrow files, or one Parquet file; the name of a data set on the
-    Hugging Face hub. What looks like a path never goes to the hub.
+    Hugging Face hub, with :CONFIGURATION where it has several. What looks like a path never goes to
+    the hub.
 
     Raises:
         InputError: Nothing there, nothing in it, or the hub does not have it or is out of reach.

@@ -43,7 +43,6 @@ class Process(nn.Module):
     betas: Tensor
     timesteps: Tensor
     alphas_cumprod: Tensor
-    alphas_cumprod_prev: Tensor
     posterior_mean_coef_x_0: Tensor
     posterior_mean_coef_x_t: Tensor
     posterior_log_variance: Tensor
@@ -78,7 +77,6 @@ class Process(nn.Module):
             "betas": betas,
             "timesteps": torch.arange(len(betas)) if timesteps is None else timesteps,
             "alphas_cumprod": alphas_cumprod,
-            "alphas_cumprod_prev": alphas_cumprod_prev,
             "posterior_mean_coef_x_0": betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod),
             "posterior_mean_coef_x_t": (1 - alphas_cumprod_prev)
             * alphas.sqrt()

@@ -52,14 +52,25 @@ class Extractor:
     has_classes: bool
     extract: Callable[[Tensor], Features]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is; one without any weights works on the CPU."""
+        state = (*self.module.parameters(), *self.module.buffers())
+        return state[0].device if state else torch.device("cpu")
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
-        """Extract the features of uint8 [N, C, H, W]; grey is repeated to three channels."""
+        """Extract the features of uint8 [N, C, H, W]; grey is repeated to three channels.
+
+        Raises:
+            InputError: The network is the user's, and what it gives is not [N, D].
+        """
         features, logits = self.extract(to_rgb(images))
-        if features.ndim != 2 or len(features) != len(images):
+        shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        if not isinstance(shape, list) or len(shape) != 2 or shape[0] != len(images):
             raise InputError(
-                f"extractor {self.name}: gives {list(features.shape)} for {len(images)} images; "
-                "it should give [N, D]"
+                f"extractor {self.name}: gives {shape} for {len(images)} images; "
+                "it should give a tensor [N, D]"
             )
         return Features(features.float(), None if logits is None else logits.float())
 
@@ -67,7 +78,7 @@ class Extractor:
 def make_extractor(
     name: str, weights: str | Path | None = None, weights_sha256: str = INCEPTION_SHA256
 ) -> Extractor:
-    """Make an extractor.
+    """Make an extractor; the global random state is as before.
 
     Args:
         name: inception (torch-fidelity's inception-v3-compat); efficientnet-lite0; another of
@@ -81,13 +92,14 @@ def make_extractor(
     """
     if weights is not None and name != "inception":
         raise InputError(f"extractor {name}: only inception takes a weights file")
-    if name == "inception":
-        return _inception(_inception_file(weights), weights_sha256)
-    if name == "efficientnet-lite0":
-        return _efficientnet()
-    if "." in name:
-        return _of_user(name)
-    return _of_torch_fidelity(name)
+    with torch.random.fork_rng(devices=[]):  # networks start with random weights
+        if name == "inception":
+            return _inception(_inception_file(weights), weights_sha256)
+        if name == "efficientnet-lite0":
+            return _efficientnet()
+        if "." in name:
+            return _of_user(name)
+        return _of_torch_fidelity(name)
 
 
 def module_sha256(module: nn.Module) -> str:
@@ -107,8 +119,8 @@ def _inception(file: Path, expected_sha256: str) -> Extractor:
             f"theirs {expected_sha256}); remove it, so that it is downloaded again"
         )
     try:  # torch-fidelity would execute what a pickle says: see first that this one says nothing
-        torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
+        torch.load(file, map_location="cpu", weights_only=True)  # too old a format for mmap
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"{file}: not a file of weights") from error
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -141,8 +153,8 @@ def _inception_file(weights: str | Path | None) -> Path:
         except (URLError, OSError, RuntimeError) as error:
             raise InputError(
                 f"the Inception weights are not in {file.parent} and cannot be downloaded ({error})"
-                f"; put {INCEPTION_FILE} there, give its path with --extractor_weights, or use "
-                "--extractor efficientnet-lite0"
+                f"; put {INCEPTION_FILE} there, give its path as extractor_weights, or use the "
+                "extractor efficientnet-lite0"
             ) from error
     return file
 
@@ -172,8 +184,9 @@ def _efficientnet() -> Extractor:
 def _of_torch_fidelity(name: str) -> Extractor:
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-    if name not in FEATURE_EXTRACTORS_REGISTRY:
-        known = ["inception", "efficientnet-lite0", *sorted(FEATURE_EXTRACTORS_REGISTRY)]
+    theirs = FEATURE_EXTRACTORS_REGISTRY.keys() - {"inception-v3-compat"}  # ours checks its weights
+    if name not in theirs:
+        known = ["inception", "efficientnet-lite0", *sorted(theirs)]
         raise InputError(f"no extractor {name}; there are {', '.join(known)}, and class paths")
     cls = FEATURE_EXTRACTORS_REGISTRY[name]
     layer = cls.get_default_feature_layer_for_metric("fid")
@@ -182,7 +195,7 @@ def _of_torch_fidelity(name: str) -> Extractor:
     except (URLError, OSError, RuntimeError) as error:
         raise InputError(
             f"extractor {name}: its weights cannot be had ({error}); connect to the network, or "
-            "use --extractor efficientnet-lite0"
+            "use the extractor efficientnet-lite0"
         ) from error
     protocol = {
         "extractor": name,
@@ -201,7 +214,12 @@ def _of_torch_fidelity(name: str) -> Extractor:
 
 
 def _of_user(class_path: str) -> Extractor:
-    module = import_network(class_path)().eval().requires_grad_(False)
+    try:
+        module = import_network(class_path)().eval().requires_grad_(False)
+    except TypeError as error:
+        raise InputError(
+            f"extractor {class_path}: it is made without arguments ({error})"
+        ) from error
     protocol = {
         "extractor": class_path,
         "layer": "output",

@@ -16,48 +16,58 @@ class Moments(NamedTuple):
 
 
 class MomentSums:
-    """Sums that moments are made from; they add up over batches and ranks."""
+    """What moments are made from; it adds up over batches and ranks.
+
+    Products are taken about the running mean (Chan, Golub, LeVeque 1979): about 0, the digits of
+    features that lie far from it would be lost.
+    """
 
     def __init__(self, num_features: int, device: torch.device) -> None:
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
-        self.sum = torch.zeros(num_features, dtype=torch.float64, device=device)
-        self.outer = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
+        self.count = 0
+        self.mean = torch.zeros(num_features, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
 
     def add(self, features: Tensor) -> None:
-        """Add features, float [N, D]."""
+        """Add features, float [N, D], N >= 1."""
         x = features.double()
-        self.count += len(x)
-        self.sum += x.sum(dim=0)
-        self.outer.addmm_(x.T, x)
+        mean = x.mean(dim=0)
+        x = x - mean
+        difference = mean - self.mean
+        count = self.count + len(x)
+        self.scatter.addmm_(x.T, x)
+        self.scatter.addr_(difference, difference, alpha=self.count * len(x) / count)
+        self.mean += difference * (len(x) / count)
+        self.count = count
 
     def reduce(self, add_up: Callable[[Tensor], Tensor]) -> None:
         """Add up over ranks by a function that does so for one tensor; all ranks must call."""
-        self.count, self.sum, self.outer = map(add_up, (self.count, self.sum, self.outer))
+        count = int(add_up(torch.tensor(self.count, device=self.mean.device)))
+        mean = add_up(self.mean * (self.count / max(count, 1)))
+        difference = self.mean - mean
+        self.scatter.addr_(difference, difference, alpha=self.count)
+        self.count, self.mean, self.scatter = count, mean, add_up(self.scatter)
 
     def moments(self) -> Moments:
         """Give mean and covariance of everything added, at least two images."""
-        mean = self.sum / self.count
-        covariance = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
-        return Moments(int(self.count), mean.cpu(), covariance.cpu())
+        covariance = self.scatter / (self.count - 1)
+        return Moments(self.count, self.mean.cpu(), covariance.cpu())
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
     """Squared Frechet distance of two Gaussians: |m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)).
 
-    The trace of the root is the sum of the roots of the eigenvalues of A B, which are those of the
-    symmetric R' B R, where A = R R'. That needs no root of a matrix, and no complex numbers.
+    The trace of the root is the sum of the singular values of R' S, where A = R R' and B = S S'.
+    That needs neither a root of a matrix nor roots of eigenvalues, whose rounding near 0 would be
+    1e-8 and not 1e-16.
 
     Args:
         a: Moments of D features.
         b: Moments of D features.
 
     Returns:
-        The distance; 0 for equal moments but for rounding, which is about 1e-8 of the traces where
-        fewer images than features make the covariances singular.
+        The distance; 0 for equal moments, but for rounding.
     """
-    root = _root(a.covariance)
-    eigenvalues = torch.linalg.eigvalsh(root.T @ b.covariance @ root)
-    trace_of_root = eigenvalues.clamp(min=0).sqrt().sum()
+    trace_of_root = torch.linalg.svdvals(_root(a.covariance).T @ _root(b.covariance)).sum()
     difference = a.mean - b.mean
     traces = a.covariance.trace() + b.covariance.trace()
     return float(difference @ difference + traces - 2 * trace_of_root)
@@ -69,12 +79,13 @@ def _root(covariance: Tensor) -> Tensor:
     Returns:
         float64 [D, K], where K leaves out the directions without variance.
     """
+    # rounding leaves tiny values, of either sign, in the place of zeros
+    precision = len(covariance) * torch.finfo(covariance.dtype).eps
     root: Tensor
     root, failed = torch.linalg.cholesky_ex(covariance)
-    if not failed:
+    if not failed and root.diagonal().min() ** 2 > precision * covariance.diagonal().max():
         return root
     values, vectors = torch.linalg.eigh(covariance)
-    # rounding leaves tiny values, of either sign, in the place of zeros
-    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    kept = values > precision * values[-1]
     root = vectors[:, kept] * values[kept].sqrt()
     return root

@@ -4,7 +4,7 @@ The arithmetic of KID, Inception Score, precision and recall is torch-fidelity's
 distance is ours (`frechet.py`), in float64 from sums.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -24,12 +24,34 @@ PRC_NEIGHBOURS = 3  # Kynkaanniemi et al. 2019
 SHUFFLE_SEED = 2020  # of the subsets and splits: torch-fidelity's own
 
 
-def check_metrics(metrics: Iterable[Metric], extractor: Extractor) -> None:
-    """Refuse metrics that an extractor cannot serve.
+TOO_FEW = "a distance needs at least two images on each side"
+
+# How each is computed, for the record: numbers are comparable where this is equal.
+METHODS: dict[Metric, str] = {
+    "fd": "float64, moments about the mean, divided by N - 1; root by singular values",
+    "kid": f"{KID_SUBSETS} subsets of {KID_SUBSET_SIZE} or all, cubic kernel, seed {SHUFFLE_SEED}",
+    "is": f"{IS_SPLITS} splits, shuffled by seed {SHUFFLE_SEED}",
+    "prc": f"{PRC_NEIGHBOURS} neighbours",
+}
+
+_LEAST_IMAGES: dict[Metric, int] = {"fd": 2, "kid": 2, "is": IS_SPLITS, "prc": PRC_NEIGHBOURS + 1}
+
+
+def check_metrics(
+    metrics: Collection[Metric], extractor: Extractor, num_images: int | None = None
+) -> None:
+    """Refuse metrics that an extractor, or so few images, cannot serve.
+
+    Args:
+        metrics: Which.
+        extractor: Whose features they are to be taken from.
+        num_images: How many, where it is known.
 
     Raises:
-        InputError: The Inception Score is asked of one without classes.
+        InputError: The Inception Score is asked of one without classes, or there are too few.
     """
+    if num_images is not None:
+        _check_count(metrics, num_images)
     if "is" in metrics and not extractor.has_classes:
         raise InputError(
             f"extractor {extractor.name}: has no classes, which the Inception Score needs; "
@@ -50,6 +72,18 @@ class Ranks(Protocol):
 
     def concatenate(self, rows: Tensor) -> Tensor:
         """Concatenate [N_rank, D] in the order of the ranks; the N may differ."""
+
+
+class OneRank:
+    """The only one."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Give the tensor."""
+        return tensor
+
+    def concatenate(self, rows: Tensor) -> Tensor:
+        """Give the rows."""
+        return rows
 
 
 class FeatureSet(NamedTuple):
@@ -73,16 +107,15 @@ class Collector:
         self._extractor = extractor
         self._keeps_features = needs_features(metrics)
         self._keeps_logits = "is" in metrics
-        self._device = next(extractor.module.parameters()).device
-        # One image of nothing tells the widths, which a rank without images must know too.
-        nothing = extractor(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=self._device))
-        self._sums = MomentSums(nothing.features.shape[1], self._device)
-        self._features = [nothing.features[:0].cpu()]
-        self._logits = [] if nothing.logits is None else [nothing.logits[:0].cpu()]
+        self._sums: MomentSums | None = None
+        self._features: list[Tensor] = []
+        self._logits: list[Tensor] = []
 
     def add(self, images: Tensor) -> None:
-        """Add uint8 images [N, C, H, W]."""
-        features, logits = self._extractor(images.to(self._device))
+        """Add uint8 images [N, C, H, W], N >= 1."""
+        features, logits = self._extractor(images.to(self._extractor.device))
+        if self._sums is None:
+            self._sums = MomentSums(features.shape[1], features.device)
         self._sums.add(features)
         if self._keeps_features:
             self._features.append(features.cpu())
@@ -95,23 +128,27 @@ class Collector:
         Raises:
             InputError: It has fewer than two images, or features that are not finite.
         """
-        features, logits = torch.cat(self._features), None
-        if self._logits:
-            logits = torch.cat(self._logits)
-        if ranks is not None:
-            self._sums.reduce(ranks.sum)
-            features = ranks.concatenate(features)
-            logits = None if logits is None else ranks.concatenate(logits)
-        if self._sums.count < 2:
-            raise InputError("a distance needs at least two images on each side")
-        moments = self._sums.moments()
+        ranks = ranks or OneRank()
+        # Ranks without images learn the widths of features and logits from the others.
+        num_logits = self._logits[0].shape[1] if self._logits else 0
+        own = [] if self._sums is None else [[len(self._sums.mean), num_logits]]
+        widths = ranks.concatenate(torch.tensor(own, dtype=torch.int64).reshape(-1, 2))
+        if len(widths) == 0:
+            raise InputError(TOO_FEW)
+        num_features, num_logits = widths[0].tolist()
+        sums = self._sums or MomentSums(num_features, self._extractor.device)
+        sums.reduce(ranks.sum)
+        features = logits = None
+        if self._keeps_features:
+            features = ranks.concatenate(torch.cat([torch.empty(0, num_features), *self._features]))
+        if self._keeps_logits:
+            logits = ranks.concatenate(torch.cat([torch.empty(0, num_logits), *self._logits]))
+        if sums.count < 2:
+            raise InputError(TOO_FEW)
+        moments = sums.moments()
         if not (moments.mean.isfinite().all() and moments.covariance.isfinite().all()):
             raise InputError(f"extractor {self._extractor.name}: its features are not finite")
-        return FeatureSet(
-            moments,
-            features if self._keeps_features else None,
-            logits if self._keeps_logits else None,
-        )
+        return FeatureSet(moments, features, logits)
 
 
 def evaluate(
@@ -127,10 +164,19 @@ def evaluate(
 
     Returns:
         Values by name; KID and Inception Score come with their standard deviation.
+
+    Raises:
+        InputError: A side has too few images for a metric, or the features' dimensions differ.
     """
+    ours, theirs = len(generated.moments.mean), len(reference.moments.mean)
+    if ours != theirs:
+        raise InputError(f"the samples have {ours} features, the reference has {theirs}")
     names = _names(distance_name)
     values: dict[str, float] = {}
     for metric in metrics:
+        _check_count([metric], generated.moments.num_images)
+        if metric != "is":
+            _check_count([metric], reference.moments.num_images)
         values |= zip(names[metric], _COMPUTE[metric](generated, reference), strict=True)
     return values
 
@@ -153,6 +199,15 @@ def _names(distance_name: str) -> dict[Metric, list[str]]:
         "is": [f"is{suffix}", f"is{suffix}_std"],
         "prc": [f"precision{suffix}", f"recall{suffix}"],
     }
+
+
+def _check_count(metrics: Iterable[Metric], num_images: int) -> None:
+    for metric in metrics:
+        if num_images < _LEAST_IMAGES[metric]:
+            raise InputError(
+                f"{num_images} images are too few for the metric {metric}: it needs at least "
+                f"{_LEAST_IMAGES[metric]} on each side"
+            )
 
 
 def _frechet(generated: FeatureSet, reference: FeatureSet) -> tuple[float]:

@@ -6,6 +6,7 @@ was judged) and `environment` (on what, by which versions, in how many seconds).
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
@@ -18,6 +19,7 @@ import torch
 from ddpm_lightning.checkpoints import flatten
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import write_atomically
+from ddpm_lightning.metrics.judge import METHODS
 from ddpm_lightning.samplers import Sampler
 
 RECORD_VERSION = 1
@@ -52,8 +54,7 @@ def make_record(
         "protocol": {
             "num_images": num_images,
             "quantisation": "clamped to [-1, 1], rounded to uint8",
-            "moments": "float64 sums, covariance divided by N - 1",
-            "frechet_method": "float64, eigenvalues of a symmetric product",
+            "methods": dict(METHODS),
             **protocol,
         },
         "subject": subject,
@@ -86,8 +87,8 @@ def read_record(path: str | Path) -> Record:
         record = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no record of a metric ({error})") from error
-    missing = {"metrics", "protocol", "subject", "environment"} - set(record)
-    if not isinstance(record, dict) or missing:
+    needed = {"metrics", "protocol", "subject", "environment"}
+    if not isinstance(record, dict) or needed - record.keys():
         raise InputError(f"{path}: not a record of a metric; fid writes them as record.json")
     return record
 
@@ -95,10 +96,11 @@ def read_record(path: str | Path) -> Record:
 def protocol_differences(a: Record, b: Record) -> list[str]:
     """List the fields of the protocols that differ, as `key: a's value, b's value`.
 
-    Numbers whose list is empty may be compared.
+    Numbers whose list is empty may be compared. What the reference is called does not matter: its
+    images' hash says what it is.
     """
     ours, theirs = flatten(a["protocol"]), flatten(b["protocol"])
-    keys = sorted(ours.keys() | theirs.keys())
+    keys = sorted((ours.keys() | theirs.keys()) - {"reference.name"})
     return [
         f"{key}: {ours.get(key)}, {theirs.get(key)}"
         for key in keys
@@ -117,7 +119,7 @@ def _environment() -> dict[str, Any]:
     return {
         "versions": versions,
         "git_commit": _git_commit(),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name() if has_gpu else "cpu",
         "threads": torch.get_num_threads(),
@@ -128,9 +130,12 @@ def _environment() -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     """Name the commit of a checkout; an installed package has none."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    package = Path(__file__).parents[1]
+    command = ["git", "-C", str(package), "rev-parse", "--show-toplevel", "HEAD"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip()
+    root, commit = answer.stdout.splitlines()
+    # an environment may lie in the folder of a project of the user's
+    return commit if Path(root) == package.parent else None

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from filelock import FileLock
+from torch import Tensor
 from tqdm import tqdm
 
 from ddpm_lightning.data.batches import ImageSet
@@ -32,14 +35,14 @@ def reference_of(
     images: ImageSet,
     name: str,
     extractor: Extractor,
-    metrics: Iterable[Metric],
+    metrics: Collection[Metric],
     cache_dir: Path,
     batch_size: int = 64,
 ) -> Reference:
     """Give the statistics of a set of images, from the cache where they are known.
 
     Several processes may ask at once: one computes, the others wait. The images are taken as they
-    are: no flips, no augmentation.
+    are: no flips, no augmentation. A damaged file of the cache is made again.
 
     Args:
         images: The set.
@@ -49,36 +52,36 @@ def reference_of(
         cache_dir: Where statistics are kept.
         batch_size: Images at a time.
     """
-    protocol = {
-        "reference": {
-            "name": name,
-            "images_sha256": images.sha256,
-            "num_images": len(images),
-            "image_shape": list(images.image_shape),
-            "augmentation": "none",
-        },
-        **extractor.protocol,
+    contents = {
+        "images_sha256": images.sha256,
+        "num_images": len(images),
+        "image_shape": list(images.image_shape),
+        "augmentation": "none",
     }
     keeps_features = needs_features(metrics)
-    recipe = json.dumps([REFERENCE_VERSION, keeps_features, protocol], sort_keys=True)
+    recipe = json.dumps(
+        [REFERENCE_VERSION, keeps_features, contents, extractor.protocol], sort_keys=True
+    )
     path = cache_dir / f"reference-{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.npz"
+    protocol = {"reference": {"name": name, **contents}, **extractor.protocol}
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        if not path.is_file():
-            features = _collect(images, extractor, metrics, batch_size)
-            save_reference(path, Reference(features, protocol))
-    return load_reference(path, extractor, metrics)
+        if path.is_file():
+            with suppress(InputError):
+                return load_reference(path, extractor, metrics)._replace(protocol=protocol)
+        reference = Reference(_collect(images, extractor, metrics, batch_size), protocol)
+        save_reference(path, reference)
+    return reference
 
 
 def _collect(
-    images: ImageSet, extractor: Extractor, metrics: Iterable[Metric], batch_size: int
+    images: ImageSet, extractor: Extractor, metrics: Collection[Metric], batch_size: int
 ) -> FeatureSet:
     collector = Collector(extractor, [metric for metric in metrics if metric != "is"])
-    device = next(extractor.module.parameters()).device
     starts = range(0, len(images), batch_size)
     for start in tqdm(starts, desc="features of the reference", delay=2, unit="batch"):
         chosen = np.arange(start, min(start + batch_size, len(images)))
-        collector.add(torch.from_numpy(images[chosen]).to(device))
+        collector.add(torch.from_numpy(images[chosen]))
     return collector.finish()
 
 
@@ -96,7 +99,9 @@ def save_reference(path: Path, reference: Reference) -> None:
     write_atomically(path, lambda file: np.savez(file, **arrays))
 
 
-def load_reference(path: str | Path, extractor: Extractor, metrics: Iterable[Metric]) -> Reference:
+def load_reference(
+    path: str | Path, extractor: Extractor, metrics: Collection[Metric]
+) -> Reference:
     """Read saved statistics.
 
     Raises:
@@ -106,12 +111,8 @@ def load_reference(path: str | Path, extractor: Extractor, metrics: Iterable[Met
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         protocol = json.loads(str(arrays["protocol"]))
-        moments = Moments(
-            int(arrays["num_images"]),
-            torch.from_numpy(arrays["mean"]),
-            torch.from_numpy(arrays["covariance"]),
-        )
-    except (OSError, ValueError, KeyError, EOFError) as error:
+        moments, features = _unpack(arrays)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise InputError(f"{path}: not a file of reference statistics ({error})") from error
     for key, value in extractor.protocol.items():
         if protocol.get(key) != value:
@@ -119,10 +120,27 @@ def load_reference(path: str | Path, extractor: Extractor, metrics: Iterable[Met
                 f"{path}: statistics of another extractor: {key} is {protocol.get(key)}, "
                 f"but {extractor.name} has {value}"
             )
-    features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
     if needs_features(metrics) and features is None:
         raise InputError(
             f"{path}: holds only moments; KID, precision and recall need the features: name the "
             "data set instead"
         )
     return Reference(FeatureSet(moments, features, None), protocol)
+
+
+def _unpack(arrays: dict[str, Any]) -> tuple[Moments, Tensor | None]:
+    """Make tensors of what a file holds.
+
+    Raises:
+        KeyError, ValueError, TypeError: Something is missing, or is not what it should be.
+    """
+    mean, covariance = (torch.from_numpy(arrays[name]) for name in ("mean", "covariance"))
+    num_images, num_features = int(arrays["num_images"]), len(mean)
+    features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
+    if covariance.shape != (num_features, num_features):
+        raise ValueError(f"{num_features} means, but covariances {list(covariance.shape)}")
+    if features is not None and features.shape != (num_images, num_features):
+        raise ValueError(f"features {list(features.shape)} of {num_images} images")
+    if num_images < 2 or not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise ValueError("its numbers are not finite, or of fewer than two images")
+    return Moments(num_images, mean.double(), covariance.double()), features

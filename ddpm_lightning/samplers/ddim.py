@@ -31,6 +31,7 @@ class DDIMSampler(Sampler):
     def __call__(self, net: Network, process: Process, draw: Draw) -> Iterator[Step]:
         """Run the chain (see `Sampler`)."""
         process = self.respace(process)
+        timesteps = process.timesteps.tolist()  # once: reading from a GPU waits for it
         x_t = draw()
         # Python floats keep the coefficients in float64 until they meet x_t.
         alphas_cumprod = [1.0, *process.alphas_cumprod.tolist()]
@@ -46,4 +47,4 @@ class DDIMSampler(Sampler):
             x_t = a_prev**0.5 * pred_x_0 + max(0.0, 1 - a_prev - sigma**2) ** 0.5 * noise
             if sigma > 0:
                 x_t = x_t + sigma * draw()
-            yield Step(int(process.timesteps[index]), x_t, pred_x_0)
+            yield Step(timesteps[index], x_t, pred_x_0)

@@ -22,10 +22,11 @@ class DDPMSampler(Sampler):
     def __call__(self, net: Network, process: Process, draw: Draw) -> Iterator[Step]:
         """Run the chain (see `Sampler`)."""
         process = self.respace(process)
+        timesteps = process.timesteps.tolist()  # once: reading from a GPU waits for it
         x_t = draw()
         for index in reversed(range(process.num_timesteps)):
             t = process.timesteps.new_full((len(x_t),), index)
             output = net(x_t, process.timesteps[t])
             mean, log_variance, pred_x_0 = process.p_mean_variance(output, x_t, t, self.clip)
             x_t = mean + (0.5 * log_variance).exp() * draw() if index > 0 else mean
-            yield Step(int(process.timesteps[index]), x_t, pred_x_0)
+            yield Step(timesteps[index], x_t, pred_x_0)
