@@ -11,7 +11,8 @@ help:  ## these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 fit: $(VENV)/installed  ## install, and train the default experiment (handwritten digits)
-	@$(BIN)/python -m ddpm_lightning fit
+	@# one device: images of 8x8 gain nothing from more, and not every number divides the batch
+	@$(BIN)/python -m ddpm_lightning fit --trainer.devices 1
 
 test: $(VENV)/installed-test  ## the tests, without a network, in under 10 minutes on two cores
 	$(PYTEST) -n auto -m "not slow"
