@@ -8,10 +8,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_only
-from torch.utils.tensorboard.summary import hparams
 
 from ddpm_lightning.callbacks import (
     EMA,
@@ -22,8 +19,9 @@ from ddpm_lightning.callbacks import (
     Progress,
     Samples,
 )
+from ddpm_lightning.callbacks.run_logger import RunLogger
 from ddpm_lightning.callbacks.shared import find_callback
-from ddpm_lightning.checkpoints import check_same_model, flatten, load_checkpoint
+from ddpm_lightning.checkpoints import check_same_model, load_checkpoint
 from ddpm_lightning.commands.options import LineErrors
 from ddpm_lightning.commands.shell import announce, refusals_of, run_command
 from ddpm_lightning.data.datamodule import ImageDataModule
@@ -47,38 +45,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the order of the data is ours
 }
 
-# TensorBoard's CUSTOM SCALARS: what one compares, in one chart each; tags are regular expressions.
-CHARTS = {
-    "loss": ["Multiline", ["^train/loss$", "^val/loss"]],
-    "loss by quarter of the timesteps": ["Multiline", ["^train/loss_q"]],
-    "channel mean, samples and data": ["Multiline", ["^channel_.*/mean_"]],
-    "channel standard deviation, samples and data": ["Multiline", ["^channel_.*/std_"]],
-}
-
 PROG = "python -m ddpm_lightning"
-
-
-class RunLogger(TensorBoardLogger):
-    """TensorBoard's events in the run's folder, and nothing else there."""
-
-    def save(self) -> None:
-        """Flush; Lightning's would write an hparams.yaml, but config.yaml holds all options."""
-        self.experiment.flush()
-
-    @rank_zero_only
-    def log_config(self, config: dict[str, Any]) -> None:
-        """Show the options under TensorBoard's TEXT and HPARAMS."""
-        text = yaml.safe_dump(config, sort_keys=False)
-        self.experiment.add_text("config", "    " + text.replace("\n", "\n    "))
-        plain = {
-            key: value if isinstance(value, int | float | bool) else str(value)
-            for key, value in flatten(config).items()
-        }
-        # names the metrics of the table without logging values for them
-        metrics = dict.fromkeys(("train/loss", "val/loss", "val/loss_ema"), 0)
-        for summary in hparams(plain, metrics):  # type: ignore[no-untyped-call]
-            self.experiment._get_file_writer().add_summary(summary)
-        self.experiment.add_custom_scalars({"side by side": CHARTS})
 
 
 class Parser(LineErrors, LightningArgumentParser):

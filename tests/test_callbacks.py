@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from ddpm_lightning.callbacks import EMA, Checkpoints, Curves, Samples
-from ddpm_lightning.cli import RunLogger
+from ddpm_lightning.callbacks.run_logger import RunLogger
 from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.module import DDPM, VALIDATION_SEED

@@ -359,9 +359,9 @@ def test_a_learning_rate_asked_for_on_resume_is_used(here: Path) -> None:
     group = load(here / "runs/tiny/1/checkpoints/last.ckpt")["optimizer_states"][0]["param_groups"]
     assert group[0]["lr"] == group[0]["initial_lr"] == 5e-5
     # both resumes' options are kept
-    options = ("--trainer.max_steps=6", "--ckpt_path", "runs/tiny/1/checkpoints/step=2.ckpt")
     assert (here / "runs/tiny/1/config.step=2.yaml").exists()
-    run_well(here, "fit", "--config", "tiny.yaml", *options, *QUIET)
+    step_2 = ("--ckpt_path", "runs/tiny/1/checkpoints/step=2.ckpt")
+    run_well(here, "fit", "--config", "tiny.yaml", "--trainer.max_steps=6", *step_2, *QUIET)
     assert (here / "runs/tiny/2/config.yaml").exists()
 
 
