@@ -69,10 +69,11 @@ def small() -> Extractor:
 
 
 def images(num_images: int, size: int = 8, channels: int = 3, seed: int = 0) -> Tensor:
-    """Random images, darker for odd seeds."""
+    """Random images, each with a contrast of its own; darker for odd seeds."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (num_images, channels, size, size)
-    return torch.randint(256 - 50 * (seed % 2), shape, generator=generator, dtype=torch.uint8)
+    levels = torch.rand(num_images, channels, size, size, generator=generator)
+    contrast = torch.rand(num_images, 1, 1, 1, generator=generator)
+    return (levels * contrast * (256 - 50 * (seed % 2))).to(torch.uint8)
 
 
 def write_inception(path: Path, old_format: bool) -> str:

@@ -51,15 +51,25 @@ def make_record(
         "record_version": RECORD_VERSION,
         "metrics": metrics,
         "num_images": num_images,
-        "protocol": {
-            "num_images": num_images,
-            "quantisation": "clamped to [-1, 1], rounded to uint8",
-            "methods": dict(METHODS),
-            **protocol,
-        },
+        "protocol": make_protocol(num_images, protocol),
         "subject": subject,
         "environment": {**_environment(), "seconds": round(seconds, 3)},
         "warnings": warnings,
+    }
+
+
+def make_protocol(num_images: int, protocol: dict[str, Any]) -> dict[str, Any]:
+    """Put together all that must be equal for two numbers to be comparable.
+
+    Args:
+        num_images: Images judged.
+        protocol: Reference and extractor.
+    """
+    return {
+        "num_images": num_images,
+        "quantisation": "clamped to [-1, 1], rounded to uint8",
+        "methods": dict(METHODS),
+        **protocol,
     }
 
 

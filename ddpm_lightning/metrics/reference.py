@@ -31,6 +31,20 @@ class Reference(NamedTuple):
     protocol: dict[str, Any]
 
 
+def describe_reference(images: ImageSet, name: str, extractor: Extractor) -> dict[str, Any]:
+    """Give the protocol's fields that name a set of images and an extractor."""
+    return {
+        "reference": {
+            "name": name,
+            "images_sha256": images.sha256,
+            "num_images": len(images),
+            "image_shape": list(images.image_shape),
+            "augmentation": "none",
+        },
+        **extractor.protocol,
+    }
+
+
 def reference_of(
     images: ImageSet,
     name: str,
@@ -52,18 +66,13 @@ def reference_of(
         cache_dir: Where statistics are kept.
         batch_size: Images at a time.
     """
-    contents = {
-        "images_sha256": images.sha256,
-        "num_images": len(images),
-        "image_shape": list(images.image_shape),
-        "augmentation": "none",
-    }
+    protocol = describe_reference(images, name, extractor)
+    contents = {key: value for key, value in protocol["reference"].items() if key != "name"}
     keeps_features = needs_features(metrics)
     recipe = json.dumps(
         [REFERENCE_VERSION, keeps_features, contents, extractor.protocol], sort_keys=True
     )
     path = cache_dir / f"reference-{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.npz"
-    protocol = {"reference": {"name": name, **contents}, **extractor.protocol}
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if path.is_file():

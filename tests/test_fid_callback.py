@@ -1,0 +1,168 @@
+"""Judging while it trains."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from ddpm_lightning import DDPM
+from ddpm_lightning.callbacks import EMA, FID, Checkpoints, Curves
+from ddpm_lightning.callbacks.run_logger import RunLogger
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.metrics.judge import Collector, evaluate
+from tests.command_line import TINY, run_here, run_process
+from tests.extractors import Small
+from tests.training import (
+    assert_same,
+    assert_same_training,
+    load,
+    make_data,
+    make_trainer,
+    scalars,
+    tiny_module,
+)
+
+EXTRACTOR = f"{Small.__module__}.{Small.__qualname__}"
+NAME = "fd_Small_6"
+
+
+def fid(**options: Any) -> FID:
+    return FID(**{"every_n_steps": 2, "num_images": 6, "extractor": EXTRACTOR, **options})
+
+
+def train(folder: Path, pictures: Path, *callbacks: Callback, **options: Any) -> None:
+    logger = RunLogger(folder, name="", version="", default_hp_metric=False)
+    options = {"max_steps": 5, "logger": logger, **options}
+    trainer = make_trainer(folder, Curves(), EMA(0.5), *callbacks, Checkpoints(), **options)
+    trainer.fit(tiny_module(), make_data(pictures))
+
+
+def test_numbers_are_those_by_hand_and_have_their_record(pictures: Path, tmp_path: Path) -> None:
+    callback = fid(weights=["ema", "raw"], metrics=["fd", "kid"], num_steps=3)
+    train(tmp_path, pictures, callback)
+    names = [
+        f"{name}/{w}" for w in ("ema", "raw") for name in (NAME, "kd_Small_6", "kd_Small_std_6")
+    ]
+    assert callback.names == names
+    for name in names:
+        assert list(scalars(tmp_path, name)) == [2, 4, 5]  # where it is due, and at the end
+    assert 0 < scalars(tmp_path, "fid/share_of_time")[5] < 1
+    assert {path.name for path in (tmp_path / "fid").iterdir()} == {
+        f"step={step}-{weights}.json" for step in (2, 4, 5) for weights in ("ema", "raw")
+    }
+    record = json.loads((tmp_path / "fid/step=5-ema.json").read_text())
+    assert record["subject"]["step"] == 5
+    assert record["subject"]["weights"] == "ema"
+    assert record["subject"]["sampler"]["num_steps"] == 3
+    assert record["protocol"]["num_images"] == 6
+    assert record["warnings"]  # fewer images than features
+
+    data = make_data(pictures)
+    data.prepare_data()
+    reference = Collector(callback.extractor, ["fd"])
+    images = data.train_images
+    reference.add(torch.from_numpy(images[np.arange(len(images))]))
+    model = DDPM.from_checkpoint(tmp_path / "checkpoints/last.ckpt", "ema")
+    samples = Collector(callback.extractor, ["fd"])
+    samples.add(model.sample(range(6), "ddim", 3, batch_size=64))
+    by_hand = evaluate(samples.finish(), reference.finish(), ["fd"], "fd")["fd"]
+    assert record["metrics"]["fd_Small"] == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_judging_changes_nothing(pictures: Path, tmp_path: Path) -> None:
+    train(tmp_path / "judged", pictures, fid(num_steps=2))
+    train(tmp_path / "plain", pictures)
+    judged, plain = (tmp_path / name / "checkpoints/last.ckpt" for name in ("judged", "plain"))
+    assert_same_training(judged, plain)
+    assert_same(load(judged)["state_dict"], load(plain)["state_dict"])
+    assert all(name.startswith("net.") for name in load(judged)["state_dict"])
+
+
+def test_best_may_follow_a_distance(pictures: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path,
+        EMA(0.5),
+        fid(num_steps=2),
+        Checkpoints(monitor=f"{NAME}/ema"),
+        max_steps=4,
+        val_check_interval=1,
+    )
+    trainer.fit(tiny_module(), make_data(pictures))
+    records = {
+        step: json.loads((tmp_path / f"fid/step={step}-ema.json").read_text())["metrics"]
+        for step in (2, 4)
+    }
+    lowest = min(records, key=lambda step: records[step]["fd_Small"])
+    assert load(tmp_path / "checkpoints/best.ckpt")["global_step"] == lowest
+
+
+def test_none_is_judged(pictures: Path, tmp_path: Path) -> None:
+    callback = fid(every_n_steps=0, extractor="no-such-extractor")
+    train(tmp_path, pictures, callback)
+    assert not callback.names
+    assert not (tmp_path / "fid").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"every_n_steps": -1}, "--fid.every_n_steps"),
+        ({"num_images": 1}, "--fid.num_images"),
+        ({"batch_size": 0}, "--fid.batch_size"),
+        ({"metrics": []}, "--fid.metrics"),
+        ({"weights": []}, "--fid.weights"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        fid(**options)
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--fid.num_steps 21", "--fid.num_steps: num_steps must lie in 1..20, got 21"),
+        ("--fid.extractor inceptoin", "no extractor inceptoin"),
+        ("--fid.extractor torch.nn.Nothing", "torch.nn.Nothing"),
+        ("--fid.metrics [is]", "has no classes"),
+        ("--fid.metrics [fdd]", "fd"),
+        ("--ema.decay 0", "--fid.weights"),
+    ],
+)
+def test_what_cannot_be_judged_stops_before_training(
+    option: str, told: str, pictures: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY.format(source=pictures))
+    line = f"fit --config tiny.yaml --fid.every_n_steps 5 --fid.extractor {EXTRACTOR} {option}"
+    result = run_here(tmp_path, *line.split())
+    assert result.status == 2
+    assert result.err.count("\n") == 1
+    assert told in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+def test_two_processes_judge_as_one(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY.format(source=pictures))
+    line = (
+        "fit --config tiny.yaml --trainer.max_steps 2 --samples.every_n_steps 0 "
+        "--fid.every_n_steps 2 --fid.num_images 7 --fid.num_steps 2 --fid.metrics [fd,kid] "
+        "--fid.batch_size 2"
+    )
+    values = []
+    for devices in (1, 2):
+        more = f"--trainer.devices {devices} --trainer.strategy {'ddp' if devices > 1 else 'auto'}"
+        result = run_process(tmp_path, *line.split(), *more.split(), "--run_dir", str(devices))
+        assert result.status == 0, result.err
+        record = json.loads((tmp_path / str(devices) / "fid/step=2-ema.json").read_text())
+        assert record["subject"]["world_size"] == devices
+        values.append(record["metrics"])
+    one, two = values
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert math.isfinite(value)
+        assert two[name] == pytest.approx(value, rel=1e-4), name
