@@ -1,5 +1,6 @@
 """Feature extractors for tests: a small one, and Inception with random weights in its format."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_lightning.checkpoints import file_sha256
+from ddpm_lightning.data.batches import ImageSet
+from ddpm_lightning.data.cache import CachedImages
 from ddpm_lightning.metrics.features import Extractor, make_extractor
 
 NUM_FEATURES = 24
@@ -69,11 +72,12 @@ def small() -> Extractor:
 
 
 def images(num_images: int, size: int = 8, channels: int = 3, seed: int = 0) -> Tensor:
-    """Random images, each with a contrast of its own; darker for odd seeds."""
+    """Random images of at most 16 x 16 patches; a little darker for odd seeds."""
     generator = torch.Generator().manual_seed(seed)
-    levels = torch.rand(num_images, channels, size, size, generator=generator)
-    contrast = torch.rand(num_images, 1, 1, 1, generator=generator)
-    return (levels * contrast * (256 - 50 * (seed % 2))).to(torch.uint8)
+    patches = min(size, 16)
+    levels = torch.rand(num_images, channels, patches, patches, generator=generator)
+    levels = nn.functional.interpolate(levels, size, mode="bilinear")
+    return (levels * (256 - 10 * (seed % 2))).to(torch.uint8)
 
 
 def write_inception(path: Path, old_format: bool) -> str:
@@ -96,3 +100,13 @@ def write_inception(path: Path, old_format: bool) -> str:
             value.normal_(std=0.1, generator=generator)
     torch.save(net.state_dict(), path, _use_new_zipfile_serialization=not old_format)
     return file_sha256(path)
+
+
+def image_set(folder: Path, pixels: Tensor) -> ImageSet:
+    """Images as a data module has them, decoded in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = pixels.numpy().tobytes()
+    (folder / "images.bin").write_bytes(data)
+    num_images, channels, height, width = pixels.shape
+    shape = (num_images, channels, height, width)
+    return ImageSet(CachedImages(folder, shape, hashlib.sha256(data).hexdigest(), 0, ()))

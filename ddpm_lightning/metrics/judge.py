@@ -183,10 +183,15 @@ def evaluate(
 
 def metric_names(metrics: Iterable[Metric], distance_name: str, num_images: int) -> list[str]:
     """Name what `evaluate` gives, in its order, with the number of images: fid_2k, kid_2k, ..."""
+    return list(metric_titles(metrics, distance_name, num_images).values())
+
+
+def metric_titles(metrics: Iterable[Metric], distance_name: str, num_images: int) -> dict[str, str]:
+    """Give what `metric_names` gives by the names that `evaluate` uses: {"fid": "fid_2k"}."""
     thousands, rest = divmod(num_images, 1000)
     count = f"{thousands}k" if rest == 0 else str(num_images)
     names = _names(distance_name)
-    return [f"{name}_{count}" for metric in metrics for name in names[metric]]
+    return {name: f"{name}_{count}" for metric in metrics for name in names[metric]}
 
 
 def _names(distance_name: str) -> dict[Metric, list[str]]:

@@ -98,7 +98,7 @@ def read_record(path: str | Path) -> Record:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no record of a metric ({error})") from error
     needed = {"metrics", "protocol", "subject", "environment"}
-    if not isinstance(record, dict) or needed - record.keys():
+    if not isinstance(record, dict) or not all(isinstance(record.get(k), dict) for k in needed):
         raise InputError(f"{path}: not a record of a metric; fid writes them as record.json")
     return record
 

@@ -119,7 +119,7 @@ def load_reference(
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-        protocol = json.loads(str(arrays["protocol"]))
+        protocol = dict(json.loads(str(arrays["protocol"])))
         moments, features = _unpack(arrays)
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise InputError(f"{path}: not a file of reference statistics ({error})") from error

@@ -166,9 +166,9 @@ def _torch_fidelity() -> Iterator[Finding]:
     sides = [_collect(extractor, images) for images in (generated, reference)]
     ours = evaluate(sides[0], sides[1], METRICS, "fd")
     theirs = torch_fidelity.calculate_metrics(
-        input1=_Images(generated),
-        input2=_Images(reference),
-        feature_extractor=_register(extractor),
+        input1=TensorDataset(generated),
+        input2=TensorDataset(reference),
+        feature_extractor=register(extractor),
         fid=True,
         kid=True,
         isc=True,
@@ -192,7 +192,9 @@ def _torch_fidelity() -> Iterator[Finding]:
         yield f"{name} and torch-fidelity's, relative", _relative(ours[name], theirs[key]), 1e-6
 
 
-class _Images(Dataset[Tensor]):
+class TensorDataset(Dataset[Tensor]):
+    """Images as torch-fidelity takes them."""
+
     def __init__(self, images: Tensor) -> None:
         self._images = images
 
@@ -203,7 +205,7 @@ class _Images(Dataset[Tensor]):
         return self._images[index]
 
 
-def _register(extractor: Extractor) -> str:
+def register(extractor: Extractor) -> str:
     """Make an extractor known to torch-fidelity under a name of its own, and give that."""
     from torch_fidelity import FeatureExtractorBase
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
