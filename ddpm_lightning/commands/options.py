@@ -1,13 +1,20 @@
 """Options: parsers whose errors are one line that names the key, the value and the remedy."""
 
+import inspect
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from types import MappingProxyType
+from typing import Any, NoReturn, TypeVar
 
+import docstring_parser
 from jsonargparse import ArgumentParser
+
+from ddpm_lightning.errors import InputError
+
+Name = TypeVar("Name", bound=str)
 
 # What jsonargparse says, with line breaks made spaces, and how it reads better. In this order.
 _READABLE = [
@@ -91,14 +98,33 @@ def _suggest(text: str, names: list[str]) -> str:
     return f"; did you mean {match[1] or ''}{near[0]}?" if match and near else ""
 
 
-def parse_options(command: Callable[..., object], name: str) -> dict[str, Any]:
-    """Read sys.argv by a command's signature and docstring, which thus are its --help."""
+def parse_options(
+    command: Callable[..., object],
+    name: str,
+    usage: str = "CHECKPOINT [options]",
+    words: Mapping[str, int | str] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Read sys.argv by a command's signature and docstring, which thus are its --help.
+
+    Args:
+        command: The command.
+        name: What it is called.
+        usage: What follows its name.
+        words: The arguments that take several words, and how many, as argparse counts them (2, +,
+            *); those without a default stand without an option's name.
+    """
     parser = LineErrors(
-        prog=f"python -m ddpm_lightning {name}",
-        usage="%(prog)s CHECKPOINT [options]",
-        allow_abbrev=False,
+        prog=f"python -m ddpm_lightning {name}", usage=f"%(prog)s {usage}", allow_abbrev=False
     )
-    parser.add_function_arguments(command, as_group=False, as_positional=True)
+    parameters = inspect.signature(command).parameters
+    helps = {
+        item.arg_name: item.description
+        for item in docstring_parser.parse_from_object(command).params
+    }
+    for key, num_words in words.items():
+        prefix = "" if parameters[key].default is inspect.Parameter.empty else "--"
+        parser.add_argument(f"{prefix}{key}", nargs=num_words, type=str, help=helps[key])
+    parser.add_function_arguments(command, as_group=False, as_positional=True, skip=set(words))
     arguments = sys.argv[2:]
     for index, argument in enumerate(arguments):
         default = parser.get_defaults().get(argument.removeprefix("--"))
@@ -106,6 +132,38 @@ def parse_options(command: Callable[..., object], name: str) -> dict[str, Any]:
         if isinstance(default, bool) and bare:  # --gif means --gif true
             arguments[index] = f"{argument}=true"
     return dict(parser.parse_args(arguments).as_dict())
+
+
+def split_names(option: str, text: str, known: Iterable[Name]) -> list[Name]:
+    """Read names divided by commas.
+
+    Raises:
+        InputError: There is none, one twice, or one that is not known.
+    """
+    names: dict[str, Name] = {str(name): name for name in known}
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if word not in names:
+            near = get_close_matches(word, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"{option} {text}: {word!r} is none of {', '.join(names)}{hint}")
+    if len(set(words)) < len(words):
+        raise InputError(f"{option} {text}: names one of them twice")
+    return [names[word] for word in words]
+
+
+def split_numbers(option: str, text: str) -> list[int]:
+    """Read whole numbers from 1 on, divided by commas.
+
+    Raises:
+        InputError: There is none, one twice, or something else.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise InputError(f"{option} {text}: say something like 50 or 20,50,100")
+    if len({int(word) for word in words}) < len(words):
+        raise InputError(f"{option} {text}: names a number twice")
+    return [int(word) for word in words]
 
 
 def _option_names(parser: Any) -> list[str]:

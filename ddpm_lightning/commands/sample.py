@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -17,7 +17,8 @@ from tqdm import tqdm
 from ddpm_lightning.callbacks.progress import bar_options
 from ddpm_lightning.checkpoints import Weights, file_sha256, load_checkpoint
 from ddpm_lightning.commands.options import parse_options
-from ddpm_lightning.commands.shell import announce, refusals_of, run_command
+from ddpm_lightning.commands.shell import announce, run_command
+from ddpm_lightning.commands.trainer import make_trainer
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import (
     decode,
@@ -82,17 +83,7 @@ def sample(
     chosen = make_sampler(sampler, num_steps, eta)
     model = DDPM.from_checkpoint(checkpoint, weights)
     chosen.respace(model.process)  # refuses a number of steps that the schedule does not have
-    with refusals_of("--accelerator, --devices or --num_nodes"):
-        trainer = Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            num_nodes=num_nodes,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
+    trainer = make_trainer(accelerator, devices, num_nodes)
     steps = chosen.count_steps(model.process)
     folder = Path(out or _default_folder(Path(checkpoint), weights, sampler, steps, eta))
     settings = {

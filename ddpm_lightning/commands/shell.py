@@ -28,19 +28,25 @@ def announce(text: str) -> None:
 
 
 def run_command(command: Callable[[], object]) -> int:
-    """Run a command; bad input becomes one line on stderr and the exit status 2."""
+    """Run a command; bad input becomes one line on stderr and the exit status 2.
+
+    Returns:
+        The status: the command's own where it gives one; 130 where Ctrl-C stopped it.
+    """
     _set_up_output()
     try:
-        command()
+        result = command()
     except (InputError, MisconfigurationException) as error:
         return _fail(str(error))
     except SIGTERMException:  # Lightning's exit without a status would look like success
         return 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except OSError as error:
         if error.errno in DISK_ERRORS:
             return _fail(str(error))
         raise
-    return 0
+    return result if isinstance(result, int) else 0
 
 
 @contextmanager
@@ -70,6 +76,7 @@ def _set_up_output() -> None:
         r".*does not have many workers.*",  # images come from a memory map, faster than workers
         r".*your dataloader is not resumable.*",  # it starts at trainer.global_step
         r".*LeafSpec.*",  # Lightning's own use of a deprecated name
+        r".*all_gather is deprecated.*",  # the same
         r".*GPU available but not used.*",
         r".*predict returned None.*",  # the images are on disk
         r".*Total length of `list` across ranks is zero.*",  # without validation images

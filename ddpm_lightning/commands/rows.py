@@ -1,0 +1,211 @@
+"""The rows of a sweep: images from one checkpoint, weights and sampler, or from the disk."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_lightning.checkpoints import Weights
+from ddpm_lightning.commands.run_config import RunConfig
+from ddpm_lightning.commands.subjects import Checkpoint, StoredImages, Subject
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.metrics.record import describe_sampler
+from ddpm_lightning.module import DDPM
+from ddpm_lightning.randomness import NUM_SEEDS
+from ddpm_lightning.samplers import Sampler
+
+Batches = Callable[[Sequence[int]], Iterator[Tensor]]
+"""Gives images by their numbers, batch by batch: uint8 [n, C, H, W]."""
+
+
+class Row(ABC):
+    """What one number is about: a supply of numbered images."""
+
+    numbers: ClassVar[str]
+    """What the numbers are."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What it is called on the screen and in the names of files."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> list[Any]:
+        """All that its images depend on, as plain values."""
+
+    @property
+    @abstractmethod
+    def nfe(self) -> int:
+        """Network evaluations that an image takes; 1 where it is only read."""
+
+    @abstractmethod
+    def open(self, device: torch.device, batch_size: int) -> Batches:
+        """Get ready to give images; those of a checkpoint are made on the device."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Give the fields of a record's subject that say what it is."""
+
+    @property
+    def key(self) -> str:
+        """Its name, and a hash that tells it from others of the same name."""
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        return f"{self.name}-{digest[:12]}"
+
+
+@dataclass(frozen=True)
+class SampledRow(Row):
+    """Samples of a checkpoint: image i comes from seed i."""
+
+    numbers: ClassVar[str] = "seeds"
+    checkpoint: Checkpoint
+    weights: Weights
+    sampler: Sampler
+
+    @property
+    def name(self) -> str:
+        """Such as step=500-ema-ddim-50."""
+        sampler = self._sampler()
+        eta = f"-eta{sampler['eta']:g}" if sampler.get("eta") else ""
+        words = [self.checkpoint.path.stem, self.weights, sampler["name"], str(self.nfe)]
+        return "-".join(words) + eta
+
+    @property
+    def identity(self) -> list[Any]:
+        """The checkpoint's content, the weights, the sampler."""
+        return [self.checkpoint.sha256, self.weights, self._sampler()]
+
+    @property
+    def nfe(self) -> int:
+        """The sampler's steps."""
+        return self.sampler.count_steps(self.checkpoint.process)
+
+    def open(self, device: torch.device, batch_size: int) -> Batches:
+        """Load the model."""
+        model = DDPM.from_checkpoint(self.checkpoint.path, self.weights).to(device)
+        return lambda seeds: model.batches(seeds, self.sampler, batch_size)
+
+    def describe(self) -> dict[str, Any]:
+        """Say what it was sampled from, and how."""
+        config = RunConfig.of(self.checkpoint.run)
+        batch_size = self.checkpoint.data.get("batch_size", config.agreed("data", "batch_size"))
+        ema_decay = config.agreed("ema", "decay") if self.weights == "ema" else None
+        run = self.checkpoint.run
+        return {
+            "path": str(self.checkpoint.path),
+            "sha256": self.checkpoint.sha256,
+            "run": None if run is None else str(run.root),
+            "step": self.checkpoint.step,
+            "images_seen": None if batch_size is None else self.checkpoint.step * batch_size,
+            "weights": self.weights,
+            "ema_decay": ema_decay,
+            "sampler": self._sampler(),
+            "timesteps": "evenly spaced",
+            "nfe": self.nfe,
+            "variance": self.checkpoint.process.variance,
+            "guidance": "none",
+            "dtype": self.checkpoint.dtype,
+        }
+
+    def _sampler(self) -> dict[str, Any]:
+        return describe_sampler(self.sampler, self.nfe)
+
+
+@dataclass(frozen=True)
+class StoredRow(Row):
+    """Images from the disk, in their order there."""
+
+    numbers: ClassVar[str] = "images"
+    stored: StoredImages
+
+    @property
+    def name(self) -> str:
+        """The folder's or file's name."""
+        return self.stored.path.absolute().name
+
+    @property
+    def identity(self) -> list[Any]:
+        """The pixels."""
+        return [self.stored.sha256]
+
+    @property
+    def nfe(self) -> int:
+        """Reading counts as one."""
+        return 1
+
+    def open(self, device: torch.device, batch_size: int) -> Batches:
+        """Read from the disk, batch by batch."""
+
+        def batches(indices: Sequence[int]) -> Iterator[Tensor]:
+            for start in range(0, len(indices), batch_size):
+                chosen = np.array(indices[start : start + batch_size])
+                yield torch.from_numpy(self.stored.images[chosen])
+
+        return batches
+
+    def describe(self) -> dict[str, Any]:
+        """Say where they lie, and what `sample` noted about them."""
+        description: dict[str, Any] = {
+            "path": str(self.stored.path),
+            "sha256": self.stored.sha256,
+            "num_images": len(self.stored.images),
+        }
+        if self.stored.settings is not None:
+            description["sample_settings"] = self.stored.settings
+        return description
+
+
+def make_rows(
+    subjects: Sequence[Subject], weights: Sequence[Weights], samplers: Sequence[Sampler]
+) -> list[Row]:
+    """Combine each checkpoint with all weights and samplers; images from the disk are one row."""
+    rows: list[Row] = []
+    for subject in subjects:
+        if isinstance(subject, StoredImages):
+            rows.append(StoredRow(subject))
+        else:
+            rows += [SampledRow(subject, kind, sampler) for kind in weights for sampler in samplers]
+    return list({row.key: row for row in rows}.values())
+
+
+def settle_num_images(
+    subjects: Sequence[Subject], num_images: int | None, num_repeats: int, default: int
+) -> int:
+    """Find out how many images to judge, and see that they are to be had.
+
+    Args:
+        subjects: What is judged.
+        num_images: How many were asked for.
+        num_repeats: How many times as many are needed.
+        default: How many to sample, unless told.
+
+    Raises:
+        InputError: A folder or file holds fewer, they are fewer than two, or seeds run out.
+    """
+    held = {
+        subject.path: len(subject.images)
+        for subject in subjects
+        if isinstance(subject, StoredImages)
+    }
+    if num_images is None:
+        counts = {count // num_repeats for count in held.values()}
+        num_images = counts.pop() if len(counts) == 1 and len(held) == len(subjects) else default
+    for path, count in held.items():
+        if count < max(2, num_images * num_repeats):
+            times = f" x --num_repeats {num_repeats}" if num_repeats > 1 else ""
+            raise InputError(
+                f"{path}: holds {count} image{'s' * (count != 1)}, too few for "
+                f"--num_images {max(2, num_images)}{times}"
+            )
+    if num_images < 2:
+        raise InputError(f"--num_images {num_images}: a distance needs at least two images")
+    if num_images * num_repeats > NUM_SEEDS:
+        raise InputError(f"--num_images {num_images}: there are {NUM_SEEDS} seeds")
+    return num_images

@@ -1,0 +1,136 @@
+"""A sweep as curves: a picture, and scalars for the TensorBoard of the runs it is about."""
+
+import io
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from ddpm_lightning.commands.sweep import CURVES, settings_of, short_names
+from ddpm_lightning.images import write_atomically
+from ddpm_lightning.metrics.record import Record
+
+
+def draw(path: Path, records: Sequence[Record], titles: dict[str, str]) -> None:
+    """Draw each metric in a chart of its own, as PNG.
+
+    Over the optimizer step where that varies, with a line for each combination of weights, sampler
+    and steps; else over the sampler's steps, where those vary; else over the subjects. Images from
+    the disk are dashed lines across the curves.
+
+    Args:
+        path: The file.
+        records: The rows, one at least.
+        titles: What each metric is called, by its name in the records.
+    """
+    # the figure's own canvas: pyplot would look for a display
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    drawn = {name: title for name, title in titles.items() if not name.endswith("_std")}
+    figure = Figure(figsize=(7, 0.8 + 3.4 * len(drawn)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis, places = _layout(records)
+    all_axes = figure.subplots(len(drawn), squeeze=False)[:, 0]
+    for axes, (name, title) in zip(all_axes, drawn.items(), strict=True):
+        dashes = cycle(["--", ":", "-."])
+        lines: dict[str, list[tuple[Any, float, float]]] = {}
+        for (label, x), record in zip(places, records, strict=True):
+            value, spread = record["metrics"][name], record["repeats"]["std"][name]
+            if x is None:
+                axes.axhline(value, linestyle=next(dashes), color="grey", label=label)
+            else:
+                lines.setdefault(label, []).append((x, value, spread or 0.0))
+        for label, points in lines.items():
+            xs, values, spreads = zip(*sorted(points), strict=True)
+            bars = spreads if any(spreads) else None
+            # subjects side by side have no way from one to the next
+            axes.errorbar(xs, values, bars, label=label, fmt="o-" if axis else "o", capsize=3)
+        axes.set_xlabel(axis)
+        axes.set_ylabel(title)
+        axes.grid(alpha=0.3)
+        axes.tick_params("x", labelrotation=0 if axis else 20)
+        if axis:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    all_axes[0].legend(fontsize="small")
+    figure.suptitle(_title(records[0]), fontsize="medium")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+class RunCurves:
+    """Writes scalars to RUN/fid_sweep/curves, beside and not into the run's own events.
+
+    Args:
+        titles: What each metric is called, by its name in the records.
+    """
+
+    def __init__(self, titles: dict[str, str]) -> None:
+        self._titles = titles
+        self._writers: dict[str, Any] = {}
+
+    def add(self, record: Record) -> None:
+        """Add a row's values at its step; rows of no run have no curves."""
+        subject = record["subject"]
+        run = subject.get("run")
+        if run is None:
+            return
+        if run not in self._writers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = Path(run) / "fid_sweep" / CURVES
+            self._writers[run] = SummaryWriter(str(folder))
+        line = "-".join(settings_of(subject)).replace(" ", "")
+        for name, title in self._titles.items():
+            self._writers[run].add_scalar(
+                f"fid_sweep/{title}/{line}", record["metrics"][name], subject["step"]
+            )
+        self._writers[run].flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        for writer in self._writers.values():
+            writer.close()
+
+
+def _layout(records: Sequence[Record]) -> tuple[str, list[tuple[str, Any]]]:
+    """Choose the horizontal axis.
+
+    Returns:
+        Its label; then for each record the line it belongs to and its place on the axis, which is
+        None where it has none and lies across.
+    """
+    subjects = [record["subject"] for record in records]
+    sampled = [subject for subject in subjects if "sampler" in subject]
+    by_step = len({subject["step"] for subject in sampled}) > 1
+    by_nfe = not by_step and len({subject["nfe"] for subject in sampled}) > 1
+    several_runs = len({subject["run"] for subject in sampled}) > 1
+    names = short_names([subject["path"] for subject in subjects])
+    places: list[tuple[str, Any]] = []
+    for subject, name in zip(subjects, names, strict=True):
+        weights, sampler, num_steps = settings_of(subject)
+        line = f"{weights}, {sampler}" + ("" if by_nfe else f", {num_steps} steps")
+        if by_step or by_nfe:
+            run = f"{Path(name).parent.parent}: " if several_runs else ""
+            place = subject.get("step" if by_step else "nfe")
+            places.append((name, None) if place is None else (run + line, place))
+        else:
+            places.append((line if weights else "images", name))
+    axis = "optimizer step" if by_step else "network evaluations per image" if by_nfe else ""
+    return axis, places
+
+
+def _title(record: Record) -> str:
+    protocol = record["protocol"]
+    reference = protocol["reference"]
+    count = record["repeats"]["count"]
+    lines = [
+        f"{record['num_images']:,} images against {reference['num_images']:,} of "
+        f"{Path(str(reference['name'])).name}",
+        f"{protocol['extractor']}, {protocol['resizer']}",
+    ]
+    if count > 1:
+        lines.append(f"mean and standard deviation of {count} repeats")
+    return "\n".join(lines)

@@ -1,0 +1,24 @@
+"""The Trainer that commands run on: it brings devices and processes, and nothing else."""
+
+from lightning.pytorch import Trainer
+
+from ddpm_lightning.commands.shell import refusals_of
+
+
+def make_trainer(accelerator: str, devices: str, num_nodes: int) -> Trainer:
+    """Make a Trainer for one pass of `predict`, which writes nothing of its own.
+
+    Raises:
+        InputError: There are no such devices.
+    """
+    with refusals_of("--accelerator, --devices or --num_nodes"):
+        return Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
