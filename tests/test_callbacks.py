@@ -488,6 +488,31 @@ def test_best_is_the_lowest_and_survives_resuming(pictures: Path, tmp_path: Path
     assert train({6: 0.5, 7: 0.5}, resume=True) == 6
 
 
+def test_the_best_by_another_metric_is_replaced(pictures: Path, tmp_path: Path) -> None:
+    """A low loss must not stand in the way of a distance, which is a larger number."""
+    best = tmp_path / "checkpoints" / "best.ckpt"
+    first = ScriptedLoss({1: 1.0})
+    train_saving(
+        tmp_path,
+        pictures,
+        Checkpoints(monitor="val/scripted"),
+        first,
+        steps=1,
+        val_check_interval=1,
+    )
+    again = ScriptedLoss({2: 40.0, 3: 50.0}, "val/other")
+    train_saving(
+        tmp_path,
+        pictures,
+        Checkpoints(monitor="val/other"),
+        again,
+        steps=3,
+        resume=best.with_name("last.ckpt"),
+        val_check_interval=1,
+    )
+    assert load(best)["global_step"] == 2
+
+
 def test_best_follows_the_average_or_else_the_raw_weights(pictures: Path, tmp_path: Path) -> None:
     raw = ScriptedLoss({1: 1.0, 2: 2.0}, "val/loss")
     average = ScriptedLoss({1: 2.0, 2: 1.0}, "val/loss_ema")

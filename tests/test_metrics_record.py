@@ -24,6 +24,8 @@ from ddpm_lightning.metrics.record import (
 from ddpm_lightning.samplers import make_sampler
 from tests.extractors import small
 
+CPU = torch.device("cpu")
+
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 
@@ -35,7 +37,9 @@ def record_of(num_images: int = 50, **protocol: Any) -> Record:
         "image_shape": [1, 8, 8],
     }
     protocol = {"reference": reference, **small().protocol, **protocol}
-    return make_record({"fd_Small": 1 / 3}, num_images, protocol, {"step": 3}, 1.23456, ["few"])
+    return make_record(
+        {"fd_Small": 1 / 3}, num_images, protocol, {"step": 3}, 1.23456, CPU, ["few"]
+    )
 
 
 def test_records_survive_writing(tmp_path: Path) -> None:
@@ -61,7 +65,7 @@ def test_a_record_has_all_that_a_number_stands_on() -> None:
     assert environment["seconds"] == 1.235
     assert environment["versions"].keys() >= {"python", "ddpm-lightning", "torch-fidelity"}
     assert environment["threads"] == 1
-    assert environment["device"]
+    assert environment["device"] == "cpu"
 
 
 def test_the_commit_is_that_of_this_checkout(

@@ -73,8 +73,8 @@ class Checkpoints(Checkpoint):
         return Path(trainer.default_root_dir) / "checkpoints"
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the lowest loss so far, which best.ckpt thus carries itself."""
-        return {"lowest": self._lowest}
+        """Give the lowest value so far and what of, which best.ckpt thus carries itself."""
+        return {"lowest": self._lowest, "monitor": self.monitor}
 
     def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:
         """See what is there already: a resumed run must not replace a better best.ckpt."""
@@ -95,7 +95,10 @@ class Checkpoints(Checkpoint):
             part.unlink()
         best = folder / "best.ckpt"
         if best.exists():
-            self._lowest = load_checkpoint(best)["callbacks"][self.state_key]["lowest"]
+            state = load_checkpoint(best)["callbacks"][self.state_key]
+            # the best by another metric says nothing about this one
+            if state.get("monitor", self.monitor) == self.monitor:
+                self._lowest = state["lowest"]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: DDPM, outputs: Any, batch: Batch, batch_idx: int

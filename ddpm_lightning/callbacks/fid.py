@@ -219,6 +219,7 @@ class FID(Callback):
                     "world_size": world,
                 },
                 time.perf_counter() - start,
+                pl_module.device,
                 warnings_of(generated, self._reference.features),
             )
             folder = Path(trainer.default_root_dir) / "fid"

@@ -158,6 +158,7 @@ class JudgeTask(LightningModule):
             self._choice.protocol,
             subject,
             time.perf_counter() - start,
+            self.device,
             warnings,
         )
         record["repeats"] = repeats

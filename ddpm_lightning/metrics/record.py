@@ -35,6 +35,7 @@ def make_record(
     protocol: dict[str, Any],
     subject: dict[str, Any],
     seconds: float,
+    device: torch.device,
     warnings: list[str],
 ) -> Record:
     """Put together a record.
@@ -45,6 +46,7 @@ def make_record(
         protocol: Reference, extractor, quantisation, method.
         subject: Checkpoint, weights, sampler, seeds; or the folder of images.
         seconds: How long it took.
+        device: What it was computed on.
         warnings: What a reader of the numbers should know.
     """
     return {
@@ -53,7 +55,7 @@ def make_record(
         "num_images": num_images,
         "protocol": make_protocol(num_images, protocol),
         "subject": subject,
-        "environment": {**_environment(), "seconds": round(seconds, 3)},
+        "environment": {**_environment(device), "seconds": round(seconds, 3)},
         "warnings": warnings,
     }
 
@@ -118,23 +120,23 @@ def protocol_differences(a: Record, b: Record) -> list[str]:
     ]
 
 
-def _environment() -> dict[str, Any]:
+def _environment(device: torch.device) -> dict[str, Any]:
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    has_gpu = torch.cuda.is_available()
+    on_gpu = device.type == "cuda"
     return {
         "versions": versions,
         "git_commit": _git_commit(),
         "command": shlex.join(sys.argv),
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name() if has_gpu else "cpu",
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "threads": torch.get_num_threads(),
-        "tf32": torch.backends.cudnn.allow_tf32 if has_gpu else False,
-        "cudnn_benchmark": torch.backends.cudnn.benchmark if has_gpu else False,
+        "tf32": torch.backends.cudnn.allow_tf32 if on_gpu else False,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark if on_gpu else False,
     }
 
 
