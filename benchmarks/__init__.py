@@ -1,0 +1,1 @@
+"""Measurements beside peers, or beside what cannot be avoided; each a script that prints a table."""
