@@ -168,8 +168,10 @@ def convert(image: Image.Image, size: tuple[int, int] | None, channels: int | No
         if levels.min() < 0 or levels.max() > 65535:
             raise ValueError("integer pixels outside 0..65535; save it with 8 or 16 bits")
         image = Image.fromarray(levels_to_uint8(levels, 65535))
+    if image.mode == "La":  # levels times alpha, of which Pillow makes nothing but LA
+        image = image.convert("LA")
     if image.has_transparency_data:
-        mode = "L" if image.mode in ("LA", "La", "L", "1") else "RGB"
+        mode = "L" if image.mode in ("LA", "L", "1") else "RGB"
         paper = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(paper, image.convert("RGBA")).convert(mode)
     if image.mode == "1":

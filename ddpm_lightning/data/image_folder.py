@@ -1,6 +1,7 @@
 """A folder of image files, with or without train/, val/ and test/ in it."""
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +43,10 @@ class ImageFiles:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> bytes:
-        return (self._folder / self._paths[index]).read_bytes()
+        path = self._folder / self._paths[index]
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device would be read for ever
+            raise OSError("not a file")
+        return path.read_bytes()
 
     def name(self, index: int) -> str:
         """The file's path."""
@@ -95,9 +99,12 @@ def _walk(folder: Path, prefix: str, ancestors: tuple[tuple[int, int], ...]) -> 
             path = prefix + entry.name
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            try:
+                status = entry.stat()
+            except OSError:
+                # A link to nowhere or to itself is listed, so that reading it fails and is told.
+                status = entry.stat(follow_symlinks=False)
+            if stat.S_ISDIR(status.st_mode):
                 yield from _walk(folder, path + os.sep, (*ancestors, identity))
             else:
-                # A dangling link is listed, as itself, so that reading it fails and is reported.
-                status = entry.stat(follow_symlinks=entry.is_file())
                 yield File(path, status.st_size, status.st_mtime_ns)
