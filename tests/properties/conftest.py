@@ -1,9 +1,11 @@
 """Each family of generated cases runs with few and with many; how many is told at the end."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from tests.command_line import train
 from tests.properties.cases import QUICK, SLOW, Cases
 
 
@@ -17,6 +19,12 @@ def cases(request: pytest.FixtureRequest, record_property: Callable[[str, object
     """The same cases in each run, unless --hypothesis-seed asks for others."""
     same = request.config.getoption("--hypothesis-seed") is None
     return Cases(request.param, same, record_property)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    """The folder of a run of ten steps; do not write to it."""
+    return train(tmp_path_factory.mktemp("trained"), pictures)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
