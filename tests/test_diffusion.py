@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_lightning.diffusion.objectives import simple_loss
 from ddpm_lightning.diffusion.process import Process, Variance
 from ddpm_lightning.diffusion.schedules import Schedule, make_betas
 from ddpm_lightning.diffusion.timesteps import draw_timesteps, space_timesteps
@@ -125,12 +124,6 @@ def test_float32_is_close_to_the_reference(golden: Golden, variance: Variance) -
     assert_golden(
         reverse.mean, golden[f"linear/epsilon/{variance}/p_mean"].float(), rtol=1e-4, atol=1e-6
     )
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_simple_loss_is_the_reference(golden: Golden, schedule: Schedule) -> None:
-    loss = simple_loss(golden.net, process(schedule), golden["x_0"], golden["t"], golden["noise"])
-    assert_golden(loss, golden[f"{schedule}/epsilon/fixed_small/training_loss_simple"])
 
 
 def test_reverse_facts() -> None:
