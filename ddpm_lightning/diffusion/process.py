@@ -88,8 +88,6 @@ class Process(nn.Module):
         patched = torch.cat([posterior_variance[1:2], posterior_variance[1:]])
         if self.num_timesteps == 1:
             patched = betas
-        lower, upper = patched.log(), torch.cat([patched[:1], betas[1:]]).log()
-
         tables = {
             "betas": betas,
             "timesteps": torch.arange(len(betas)) if timesteps is None else timesteps,
@@ -98,9 +96,12 @@ class Process(nn.Module):
             "posterior_mean_coef_x_t": (1 - alphas_cumprod_prev)
             * alphas.sqrt()
             / (1 - alphas_cumprod),
-            "posterior_log_variance": lower,
-            # the fixed one, or the upper end of learned_range
-            "log_variance": lower if variance == "fixed_small" else upper,
+            "posterior_log_variance": patched.log(),
+            # the fixed one, or the upper end of learned_range, which is not patched
+            "log_variance": {
+                "fixed_small": patched,
+                "fixed_large": torch.cat([patched[:1], betas[1:]]),
+            }.get(variance, betas).log(),
         }
         tables |= _pred_x_0_coefs(tables, prediction)
         for name, table in tables.items():
