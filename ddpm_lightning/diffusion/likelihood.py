@@ -47,9 +47,14 @@ def discretised_log_likelihood(x_0: Tensor, mean: Tensor, log_std: Tensor) -> Te
         sum to 1.
     """
     precision = (-log_std).exp()
-    above = _normal_cdf((x_0 - mean + HALF_LEVEL) * precision)
-    below = _normal_cdf((x_0 - mean - HALF_LEVEL) * precision)
-    probability = torch.where(x_0 < -EDGE, above, torch.where(x_0 > EDGE, 1 - below, above - below))
+    error = x_0 - mean
+    # The lower tail is taken of both, where float32 can tell probabilities from 0 but not from 1.
+    far, near = (
+        _normal_cdf((half - error.abs()) * precision) for half in (-HALF_LEVEL, HALF_LEVEL)
+    )
+    at_bottom = _normal_cdf((HALF_LEVEL + error) * precision)
+    at_top = _normal_cdf((HALF_LEVEL - error) * precision)
+    probability = torch.where(x_0 < -EDGE, at_bottom, torch.where(x_0 > EDGE, at_top, near - far))
     return probability.clamp(min=FLOOR).log()
 
 
@@ -94,8 +99,11 @@ def prior_bits_per_dim(process: Process, x_0: Tensor) -> Tensor:
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
-    """The standard normal's distribution function by a tanh, as the authors' code has it."""
-    return 0.5 * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())
+    """The standard normal's distribution function, as the authors' code approximates it.
+
+    They write (1 + tanh(y)) / 2, which is the same as the logistic function of 2 y.
+    """
+    return (2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).sigmoid()
 
 
 def _to_bits_per_dim(nats: Tensor) -> Tensor:
