@@ -153,7 +153,8 @@ def check_same_model(checkpoint: dict[str, Any], ours: dict[str, Any], path: str
         InputError: They differ.
     """
     theirs, mine = flatten(checkpoint["hyper_parameters"]), flatten(ours)
-    for key in sorted(theirs.keys() | mine.keys()):
+    # the variance before the network, whose channels follow from it
+    for key in sorted(theirs.keys() | mine.keys(), key=lambda key: (key != "variance", key)):
         if theirs.get(key) != mine.get(key):
             raise InputError(
                 f"{path}: written with model.{key} = {theirs.get(key)}, but this command has "
