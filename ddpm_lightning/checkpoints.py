@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+# What models were before hyper_parameters said so.
+_VERSION_1: dict[str, Any] = {
+    "zero_terminal_snr": False,
+    "prediction": "noise",
+    "loss": "simple",
+    "weighting": "none",
+    "timestep_sampling": "uniform",
+}
 
 Weights = Literal["ema", "raw"]
 
@@ -107,6 +116,8 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     missing = {"state_dict", "hyper_parameters", "global_step"} - checkpoint.keys()
     if missing:
         raise InputError(f"{path}: the checkpoint lacks {', '.join(sorted(missing))}")
+    if version == 1 and isinstance(checkpoint["hyper_parameters"], dict):
+        checkpoint["hyper_parameters"] = {**_VERSION_1, **checkpoint["hyper_parameters"]}
     return checkpoint
 
 
@@ -142,7 +153,8 @@ def check_same_model(checkpoint: dict[str, Any], ours: dict[str, Any], path: str
         InputError: They differ.
     """
     theirs, mine = flatten(checkpoint["hyper_parameters"]), flatten(ours)
-    for key in sorted(theirs.keys() | mine.keys()):
+    # the variance before the network, whose channels follow from it
+    for key in sorted(theirs.keys() | mine.keys(), key=lambda key: (key != "variance", key)):
         if theirs.get(key) != mine.get(key):
             raise InputError(
                 f"{path}: written with model.{key} = {theirs.get(key)}, but this command has "

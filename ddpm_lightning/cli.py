@@ -26,6 +26,7 @@ from ddpm_lightning.commands.options import LineErrors
 from ddpm_lightning.commands.shell import announce, refusals_of, run_command
 from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.data.order import check_batch_size
+from ddpm_lightning.diffusion.process import LEARNED_VARIANCES
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.module import DDPM
 from ddpm_lightning.randomness import NUM_SEEDS
@@ -131,6 +132,7 @@ class CLI(LightningCLI):
         """Settle the run's folder and say where it is, before anything else."""
         config = self.config[self.subcommand]
         _check_trainer(config.trainer)
+        _widen_output(config.model)
         config.experiment = config.experiment or _experiment_name(config.config)
         if self.subcommand == "fit":
             self.run, self.ckpt_path = choose_run(
@@ -312,6 +314,19 @@ def _check_trainer(options: Any) -> None:
         )
     if options.gradient_clip_algorithm == "value":
         raise InputError("--trainer.gradient_clip_algorithm value: only norm is supported")
+
+
+def _widen_output(model: Any) -> None:
+    """Give a network for a learned variance twice the output channels, unless it has them.
+
+    So `--model.variance learned_range` is enough for networks that say their channels as UNet does;
+    the model refuses others by the channels that it needs.
+    """
+    arguments = model.net.get("init_args") or {}
+    channels = arguments.get("in_channels")
+    is_learned = model.variance in LEARNED_VARIANCES
+    if is_learned and channels is not None and arguments.get("out_channels") == channels:
+        arguments["out_channels"] = 2 * channels
 
 
 def _beside_python(name: str) -> Path:

@@ -19,6 +19,9 @@ from torch import Tensor
 
 Pixels = NDArray[np.uint8]
 
+HALF_LEVEL = 1 / 255
+"""Half the distance between two grey levels in x."""
+
 
 def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Map uint8 images to x in [-1, 1]: x = images / 127.5 - 1 (Ho et al. 2020, section 3.3)."""

@@ -222,7 +222,12 @@ def test_a_checkpoint_holds_plain_values_and_network_keys(trained: tuple[Path, D
         "num_timesteps": NUM_TIMESTEPS,
         "beta_start": 1e-4,
         "beta_end": 0.02,
+        "zero_terminal_snr": False,
+        "prediction": "noise",
         "variance": "fixed_small",
+        "loss": "simple",
+        "weighting": "none",
+        "timestep_sampling": "uniform",
         "image_shape": [1, 8, 8],
     }
 

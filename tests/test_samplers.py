@@ -24,10 +24,10 @@ def run(golden: Golden, sampler: Sampler, p: Process, x_T: str = "noise_2") -> l
         for index in reversed(range(num_steps)):
             yield golden.chain_noise(index)
 
-    return list(sampler(golden.net, p, draws().__next__))
+    return list(sampler(golden.net_for(p.variance), p, draws().__next__))
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 def test_ancestral_chain_is_the_reference(golden: Golden, variance: Variance) -> None:
     steps = run(golden, DDPMSampler(), process(variance))
     assert [step.t for step in steps] == list(range(999, -1, -1))

@@ -52,13 +52,22 @@ class Mean:
         self._num_bins = num_bins
         self._sums: Tensor | None = None
 
-    def add(self, values: Tensor, bins: Tensor | None = None) -> None:
-        """Add values [N], each to its bin (int64 [N]; the first when None), without waiting."""
+    def add(
+        self, values: Tensor, bins: Tensor | None = None, weights: Tensor | None = None
+    ) -> None:
+        """Add values [N], without waiting.
+
+        Args:
+            values: Float [N].
+            bins: Which mean each belongs to, int64 [N]; the first when None.
+            weights: What each counts for, float [N]; 1 when None.
+        """
         if self._sums is None:
             self._sums = self._zeros(values.device)
         if bins is None:
             bins = torch.zeros_like(values, dtype=torch.int64)
-        pieces = torch.stack([values.double(), torch.ones_like(values, dtype=torch.float64)])
+        counts = torch.ones_like(values) if weights is None else weights
+        pieces = torch.stack([values.double() * counts.double(), counts.double()])
         self._sums.index_add_(1, bins, pieces)
 
     def over_ranks(self, trainer: Trainer) -> list[float]:
