@@ -197,7 +197,10 @@ def test_bad_options_are_refused(options: dict[str, Any], told: str) -> None:
 @pytest.mark.parametrize(
     ("option", "told"),
     [
-        ("--fid.num_steps 21", "--fid.num_steps: num_steps must lie in 1..20, got 21"),
+        ("--fid.num_steps 21", "--fid.num_steps must lie in 1..20, got 21"),
+        ("--fid.sampler ddmp", "fid.sampler: expected one of 'ddpm', 'ddim', 'dpmpp_2m', 'dpm"),
+        ("--fid.spacing leadin", "--fid.spacing leadin: none of even, leading, trailing"),
+        ("--fid.spacing ddim4", "--fid.num_steps 20: the spacing ddim4 has 4 steps"),
         ("--fid.extractor inceptoin", "no extractor inceptoin"),
         ("--fid.extractor torch.nn.Nothing", "torch.nn.Nothing"),
         ("--fid.metrics [is]", "has no classes"),

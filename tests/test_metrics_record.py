@@ -96,7 +96,8 @@ def test_samplers_are_described_by_all_that_they_do() -> None:
         "name": "ddim",
         "num_steps": 20,
         "eta": 0.0,
-        "clip": True,
+        "spacing": "even",
+        "clip": "static",
     }
     assert describe_sampler(make_sampler("ddpm", None), 1000)["num_steps"] == 1000
 

@@ -64,7 +64,7 @@ def test_pictures_are_named_by_their_seeds(here: Path, checkpoint: Path) -> None
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": file_sha256(checkpoint),
         "weights": "ema",
-        "sampler": {"name": "ddpm", "num_steps": None, "clip": True},
+        "sampler": {"name": "ddpm", "num_steps": 20, "spacing": "even", "clip": "static"},
         "batch_size": 2,
     }
     stacked = torch.stack(list(images(here / "out").values()))

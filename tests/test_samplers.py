@@ -93,8 +93,8 @@ def test_samplers_know_how_many_steps_they_take_by_default() -> None:
 
 def test_clipping_can_be_switched_off(golden: Golden) -> None:
     for clipped, free in [
-        (DDPMSampler(20), DDPMSampler(20, clip=False)),
-        (DDIMSampler(20), DDIMSampler(20, clip=False)),
+        (DDPMSampler(20), DDPMSampler(20, clip="none")),
+        (DDIMSampler(20), DDIMSampler(20, clip="none")),
     ]:
         assert run(golden, clipped, process())[-1].x_prev.abs().max() <= 1 + 1e-12
         assert run(golden, free, process())[-1].x_prev.abs().max() > 1

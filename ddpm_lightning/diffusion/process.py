@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ddpm_lightning.diffusion.clipping import Clip, clip_x_0
 from ddpm_lightning.errors import InputError
 
 Variance = Literal["fixed_small", "fixed_large"]
@@ -146,7 +147,9 @@ class Process(nn.Module):
             - self._gather((1 / self.alphas_cumprod - 1).sqrt(), t, x_t) * output
         )
 
-    def p_mean_variance(self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = True) -> Reverse:
+    def p_mean_variance(
+        self, output: Tensor, x_t: Tensor, t: Tensor, clip: Clip = "static"
+    ) -> Reverse:
         """Give p(x_{t-1} | x_t) (Ho et al. 2020, Eqs. 1 and 11).
 
         The mean is the posterior's at the predicted x_0. Unclipped that is the paper's Algorithm 2;
@@ -156,14 +159,12 @@ class Process(nn.Module):
             output: The network's output at (x_t, t), float [N, C, H, W].
             x_t: Noisy images at step t, shaped like output.
             t: Zero-based steps, int64 [N].
-            clip: Clip the predicted x_0 to [-1, 1].
+            clip: How the predicted x_0 is clipped (see `clip_x_0`).
 
         Returns:
             Mean, log-variance and predicted x_0.
         """
-        pred_x_0 = self.pred_x_0(output, x_t, t)
-        if clip:
-            pred_x_0 = pred_x_0.clamp(-1, 1)
+        pred_x_0 = clip_x_0(self.pred_x_0(output, x_t, t), clip)
         mean, _ = self.posterior(pred_x_0, x_t, t)
         return Reverse(mean, self._gather(self.log_variance, t, x_t), pred_x_0)
 
