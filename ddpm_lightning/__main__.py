@@ -18,6 +18,10 @@ COMMANDS = {
         "which predictions, losses, weightings and variances go together",
     ),
     "sample": ("ddpm_lightning.commands.sample:main", "turn noise into PNGs with a checkpoint"),
+    "reconstruct": (
+        "ddpm_lightning.commands.reconstruct:main",
+        "turn images into noise and back, with DDIM",
+    ),
     "fid": ("ddpm_lightning.commands.fid:main", "judge checkpoints or images: FID, KID, IS, P&R"),
 }
 

@@ -190,9 +190,8 @@ class CLI(LightningCLI):
     def _prepare_training(self) -> None:
         """Check what only training needs."""
         samples = find_callback(self.trainer, Samples)
-        if samples is not None and samples.every_n_steps:
-            with refusals_of("--samples.num_steps"):
-                samples.sampler.respace(self.model.process)
+        if samples is not None:
+            samples.check(self.model.process)
         fid = find_callback(self.trainer, FID)
         if fid is not None and fid.every_n_steps:
             fid.check(self.model.process, find_callback(self.trainer, EMA))

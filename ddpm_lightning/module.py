@@ -192,8 +192,7 @@ class DDPM(LightningModule):
             seeds: One per image, each in [0, 2^32). An image is a function of the weights, the
                 sampler and its own seed; others in the batch do not matter but for rounding.
             sampler: Its name, or a `Sampler` for the less usual options.
-            num_steps: Network evaluations per image, for a sampler given by name; None is its
-                default (ddpm: all timesteps, ddim: 50).
+            num_steps: Timesteps to visit, for a sampler given by name; None is its default.
             batch_size: Images at a time.
 
         Returns:

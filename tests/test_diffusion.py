@@ -283,7 +283,9 @@ def test_unclipped_mean_is_algorithm_2(golden: Golden) -> None:
     beta, cumprod = (a[t].reshape(-1, 1, 1, 1) for a in (p.betas, p.alphas_cumprod))
     expected = (x_t - beta / (1 - cumprod).sqrt() * noise) / (1 - beta).sqrt()
     # sqrt(1/alphas_cumprod - 1) cancels digits at t = 0
-    assert_golden(p.p_mean_variance(noise, x_t, t, clip=False).mean, expected, rtol=1e-8, atol=1e-9)
+    assert_golden(
+        p.p_mean_variance(noise, x_t, t, clip="none").mean, expected, rtol=1e-8, atol=1e-9
+    )
 
 
 def test_true_noise_gives_back_x_0(golden: Golden) -> None:
@@ -301,7 +303,7 @@ def test_the_true_output_gives_back_x_0_and_noise(golden: Golden, prediction: Pr
     assert_golden(pred_x_0, x_0, rtol=1e-9, atol=1e-9)
     assert_golden(p.pred_noise(x_0, x_t, t), noise, rtol=1e-9, atol=1e-9)
     posterior = p.posterior(x_0, x_t, t)
-    reverse = p.p_mean_variance(target(p, x_0, x_t, t, noise), x_t, t, clip=False)
+    reverse = p.p_mean_variance(target(p, x_0, x_t, t, noise), x_t, t, clip="none")
     assert_golden(reverse.mean, posterior.mean, rtol=1e-9, atol=1e-9)
     assert torch.equal(reverse.log_variance, posterior.log_variance)
 
@@ -429,7 +431,7 @@ def test_outputs_mean_the_same_on_fewer_timesteps(golden: Golden, prediction: Pr
     few, t = p.respace(at), torch.arange(3)
     assert_golden(few.pred_x_0(output, x_t, t), x_0, rtol=1e-9, atol=1e-9)
     expected = few.posterior(x_0, x_t, t).mean
-    reverse = few.p_mean_variance(output, x_t, t, clip=False)
+    reverse = few.p_mean_variance(output, x_t, t, clip="none")
     assert_golden(reverse.mean, expected, rtol=1e-9, atol=1e-9)
     twice = few.respace(torch.tensor([0, 2]))
     assert_golden(twice.pred_x_0(output[1:], x_t[1:], torch.tensor([0, 1]))[1], x_0[2], atol=1e-9)

@@ -20,7 +20,16 @@ from ddpm_lightning.checkpoints import FORMAT_VERSION, load_checkpoint
 from ddpm_lightning.data.batches import Batch
 from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.samplers import DDIMSampler, Draw, Network, Sampler, Step
+from ddpm_lightning.samplers import (
+    DDIMSampler,
+    DPMSolver2MSampler,
+    DPMSolver2MSDESampler,
+    Draw,
+    HeunSampler,
+    Network,
+    Sampler,
+    Step,
+)
 from tests.training import (
     NUM_TIMESTEPS,
     MemoryLogger,
@@ -356,7 +365,18 @@ def test_draws_depend_on_the_seed_alone(sampling: DDPM) -> None:
     assert torch.equal(together[0, 0], expected)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", DDIMSampler(7, eta=1.0)])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        "ddpm",
+        "ddim",
+        DDIMSampler(7, eta=1.0),
+        DDIMSampler(7, clip="dynamic"),
+        DPMSolver2MSampler(7),
+        DPMSolver2MSDESampler(7),
+        HeunSampler(5),
+    ],
+)
 def test_an_image_depends_on_its_seed_alone(sampling: DDPM, sampler: Any) -> None:
     num_steps = 10 if sampler == "ddim" else None
     seeds = list(range(40))

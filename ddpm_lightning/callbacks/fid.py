@@ -10,7 +10,12 @@ from tqdm import tqdm
 from ddpm_lightning.callbacks.curves import aside
 from ddpm_lightning.callbacks.ema import EMA
 from ddpm_lightning.callbacks.progress import bar_options
-from ddpm_lightning.callbacks.shared import TrainerRanks, find_callback, log_scalars
+from ddpm_lightning.callbacks.shared import (
+    TrainerRanks,
+    find_callback,
+    log_scalars,
+    sampler_options,
+)
 from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.data.batches import Batch
 from ddpm_lightning.diffusion.process import Process
@@ -48,7 +53,8 @@ class FID(Callback):
         metrics: fd (Frechet distance), kid, is (Inception Score), prc (precision and recall).
         weights: ema, raw, or both.
         sampler: Its name.
-        num_steps: Network evaluations per image; None is the sampler's default.
+        num_steps: Timesteps to visit; None is the sampler's default.
+        spacing: Which timesteps those are, as `sample` has it; None is the sampler's default.
         batch_size: Samples at a time on each device.
     """
 
@@ -62,6 +68,7 @@ class FID(Callback):
         weights: list[Weights] = ["ema"],  # noqa: B006
         sampler: SamplerName = "ddim",
         num_steps: int | None = 20,
+        spacing: str | None = None,
         batch_size: int = 64,
     ) -> None:
         if every_n_steps < 0:
@@ -74,7 +81,8 @@ class FID(Callback):
         self.num_images = num_images
         self.metrics = metrics
         self.weights = weights
-        self.sampler = make_sampler(sampler, num_steps)
+        with sampler_options("fid"):
+            self.sampler = make_sampler(sampler, num_steps, spacing=spacing)
         self.batch_size = batch_size
         self.latest: dict[str, float] = {}
         self.seconds = 0.0
@@ -111,17 +119,15 @@ class FID(Callback):
 
         Raises:
             InputError: The extractor or its weights are missing, it cannot serve the metrics, the
-                schedule has not so many steps, or there is no average of the weights.
+                schedule has not the sampler's timesteps, or there is no average of the weights.
         """
         if "ema" in self.weights and (ema is None or ema.decay == 0):
             raise InputError(
                 "--fid.weights ema: there is no average of the weights (--ema.decay 0); give "
                 "--fid.weights [raw], or judge never with --fid.every_n_steps 0"
             )
-        try:
+        with sampler_options("fid"):
             self.sampler.respace(process)
-        except InputError as error:
-            raise InputError(f"--fid.num_steps: {error}") from error
         check_metrics(self.metrics, self.extractor, self.num_images)
 
     def share_of_time(self) -> float:
@@ -214,6 +220,7 @@ class FID(Callback):
                     "sampler": describe_sampler(
                         self.sampler, self.sampler.count_steps(pl_module.process)
                     ),
+                    "nfe": self.sampler.count_evaluations(pl_module.process),
                     "seeds": f"0-{self.num_images - 1}",
                     "batch_size": self.batch_size,
                     "world_size": world,

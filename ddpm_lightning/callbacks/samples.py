@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ddpm_lightning.callbacks.curves import aside
 from ddpm_lightning.callbacks.ema import EMA
-from ddpm_lightning.callbacks.shared import find_callback, log_scalars
+from ddpm_lightning.callbacks.shared import find_callback, log_scalars, sampler_options
 from ddpm_lightning.data.datamodule import Batch
+from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import channel_statistics, make_grid, to_uint8, write_png
 from ddpm_lightning.module import DDPM
@@ -33,7 +34,8 @@ class Samples(Callback):
         every_n_steps: Optimizer steps from grid to grid; 0 draws none at all.
         num_images: Images in the grid, from seeds 0, 1, ...
         sampler: Its name.
-        num_steps: Network evaluations per image; None is the sampler's default.
+        num_steps: Timesteps to visit; None is the sampler's default.
+        spacing: Which timesteps those are, as `sample` has it; None is the sampler's default.
     """
 
     def __init__(
@@ -42,23 +44,31 @@ class Samples(Callback):
         num_images: int = 64,
         sampler: SamplerName = "ddim",
         num_steps: int | None = None,
+        spacing: str | None = None,
     ) -> None:
         if every_n_steps < 0 or num_images < 1:
             raise InputError("samples.every_n_steps must be at least 0, samples.num_images 1")
         self.every_n_steps = every_n_steps
         self.num_images = num_images
-        self.sampler = make_sampler(sampler, num_steps)
+        with sampler_options("samples"):
+            self.sampler = make_sampler(sampler, num_steps, spacing=spacing)
         self.latest: Path | None = None
         self._step = 0
+
+    def check(self, process: Process) -> None:
+        """Refuse early what cannot be drawn.
+
+        Raises:
+            InputError: The schedule has not the sampler's timesteps.
+        """
+        if self.every_n_steps:
+            with sampler_options("samples"):
+                self.sampler.respace(process)
 
     def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Note the step that a resumed run goes on from, and refuse impossible options early."""
         self._step = trainer.global_step
-        if self.every_n_steps:
-            try:
-                self.sampler.respace(pl_module.process)
-            except InputError as error:
-                raise InputError(f"--samples.num_steps: {error}") from error
+        self.check(pl_module.process)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: DDPM, outputs: Any, batch: Batch, batch_idx: int

@@ -1,11 +1,14 @@
 """What several callbacks need: means over ranks, logging at the right step, each other."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from ddpm_lightning.errors import InputError
 from ddpm_lightning.module import DDPM
 
 AnyCallback = TypeVar("AnyCallback", bound=Callback)
@@ -15,6 +18,15 @@ def find_callback(trainer: Trainer, kind: type[AnyCallback]) -> AnyCallback | No
     """Find a trainer's callback of some kind."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
+
+@contextmanager
+def sampler_options(callback: str) -> Iterator[None]:
+    """Let what is refused about a sampler's option name it as the callback's: --fid.num_steps."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"--{callback}.{error}") from error
 
 
 class TrainerRanks:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from ddpm_lightning.diffusion.clipping import Clip
 from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.images import HALF_LEVEL
 
@@ -59,7 +60,7 @@ def discretised_log_likelihood(x_0: Tensor, mean: Tensor, log_std: Tensor) -> Te
 
 
 def vlb_term(
-    process: Process, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, clip: bool
+    process: Process, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, clip: Clip
 ) -> Tensor:
     """Give the term of the bound at t (Ho et al. 2020, Eq. 5): L_{t} for t > 0, L_0 for t = 0.
 
@@ -69,7 +70,7 @@ def vlb_term(
         x_0: Clean images, float [N, C, H, W] in [-1, 1].
         x_t: The same at step t.
         t: Zero-based steps, int64 [N].
-        clip: Clip the predicted x_0 (see `Process.p_mean_variance`).
+        clip: How the predicted x_0 is clipped (see `clip_x_0`).
 
     Returns:
         The mean over pixels and channels, bits, [N] in the dtype of x_0.

@@ -64,14 +64,14 @@ class Objective:
         x_t = process.q_sample(x_0, t, noise)
         output = net(x_t, process.timesteps[t]).to(x_0.dtype)  # bfloat16 under autocast
         if self.loss == "vlb":
-            return vlb_term(process, output, x_0, x_t, t, clip=False)
+            return vlb_term(process, output, x_0, x_t, t, clip="none")
         prediction, told = process.split(output, x_t)
         error = target(process, x_0, x_t, t, noise) - prediction
         losses = error.square().flatten(1).mean(dim=1) * self._weights(t, x_0.dtype)
         if told is None:
             return losses
         frozen = torch.cat([prediction.detach(), told], dim=1)
-        bound = vlb_term(process, frozen, x_0, x_t, t, clip=False)
+        bound = vlb_term(process, frozen, x_0, x_t, t, clip="none")
         rescaled = self.loss == "rescaled_hybrid"
         return losses + bound * (process.num_timesteps / HYBRID_NUM_TIMESTEPS if rescaled else 1)
 

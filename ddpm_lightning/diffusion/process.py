@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from ddpm_lightning.diffusion.clipping import Clip, clip_x_0
 from ddpm_lightning.errors import InputError
 
 Prediction = Literal["noise", "x_0", "mu", "v"]
@@ -232,7 +233,9 @@ class Process(nn.Module):
         signal = self._gather(self.alphas_cumprod.sqrt(), t, x_t)
         return (x_t - signal * pred_x_0) / self._gather((1 - self.alphas_cumprod).sqrt(), t, x_t)
 
-    def p_mean_variance(self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = True) -> Reverse:
+    def p_mean_variance(
+        self, output: Tensor, x_t: Tensor, t: Tensor, clip: Clip = "static"
+    ) -> Reverse:
         """Give p(x_{t-1} | x_t) (Ho et al. 2020, Eqs. 1 and 11).
 
         The mean is the posterior's at the predicted x_0. Unclipped that is the paper's Algorithm 2;
@@ -243,7 +246,7 @@ class Process(nn.Module):
             output: The network's output at (x_t, t), float [N, C or 2C, H, W] (see `split`).
             x_t: Noisy images at step t, float [N, C, H, W].
             t: Zero-based steps, int64 [N].
-            clip: Clip the predicted x_0 to [-1, 1].
+            clip: How the predicted x_0 is clipped (see `clip_x_0`).
 
         Returns:
             Mean, log-variance and predicted x_0.
@@ -251,9 +254,7 @@ class Process(nn.Module):
         Raises:
             InputError: The network's variance is that of shorter steps (`learned`, respaced).
         """
-        pred_x_0 = self.pred_x_0(output, x_t, t)
-        if clip:
-            pred_x_0 = pred_x_0.clamp(-1, 1)
+        pred_x_0 = clip_x_0(self.pred_x_0(output, x_t, t), clip)
         mean, _ = self.posterior(pred_x_0, x_t, t)
         prediction, told = self.split(output, x_t)
         if self.prediction == "mu" and self._has_single_steps:
@@ -298,8 +299,9 @@ class Process(nn.Module):
         previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
         betas = 1 - alphas_cumprod / previous
         respaced = Process(betas, self.variance, self.timesteps[timesteps], self.prediction)
-        # What an output says of x_0 does not depend on the steps taken: mu is that of t - 1.
-        for name in ("pred_x_0_coef_x_t", "pred_x_0_coef_output"):
+        # What an output says of x_0 does not depend on the steps taken: mu is that of t - 1. The
+        # marginals are copied, too: taken from the betas again, small ones lose digits.
+        for name in ("alphas_cumprod", "pred_x_0_coef_x_t", "pred_x_0_coef_output"):
             respaced.register_buffer(name, self.get_buffer(name)[timesteps], persistent=False)
         return respaced
 
