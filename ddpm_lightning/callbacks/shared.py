@@ -1,11 +1,13 @@
 """What several callbacks need: means over ranks, logging at the right step, each other."""
 
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from ddpm_lightning.errors import InputError
 from ddpm_lightning.module import DDPM
 
 AnyCallback = TypeVar("AnyCallback", bound=Callback)
@@ -15,6 +17,29 @@ def find_callback(trainer: Trainer, kind: type[AnyCallback]) -> AnyCallback | No
     """Find a trainer's callback of some kind."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
+
+def make_run_folder(trainer: Trainer) -> None:
+    """Make the folder of a trainer's files, at the start of training, on rank 0."""
+    if trainer.is_global_zero:
+        Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
+
+
+def run_folder(trainer: Trainer, name: str = "") -> Path:
+    """Give the folder of a trainer's files, or one in it, which rank 0 makes.
+
+    Raises:
+        InputError: The former is gone: made anew, it would hold half a run.
+    """
+    root = Path(trainer.default_root_dir)
+    if trainer.is_global_zero:
+        if not root.is_dir():
+            raise InputError(
+                f"{root}: the run's folder has vanished at step {trainer.global_step}; is the disk "
+                "still there? Restore it and go on with --ckpt_path last, or start anew"
+            )
+        (root / name).mkdir(exist_ok=True)
+    return root / name
 
 
 class TrainerRanks:
