@@ -1,13 +1,16 @@
 """What a checkpoint file holds, how it is checked, and how a network is rebuilt from it.
 
-A checkpoint is Lightning's dictionary with three keys of ours: `hyper_parameters` (plain values
-that rebuild the module), `ema_state_dict` (`state_dict` holds the raw weights), `format_version`.
+A checkpoint is Lightning's dictionary with four keys of ours: `hyper_parameters` (plain values
+that rebuild the module), `ema_state_dict` (`state_dict` holds the raw weights), `format_version`,
+and, from version 2 on, `tensors_sha256`, which is checked whenever a file is read.
 It loads with `weights_only=True`: nothing in the file is executed.
 """
 
 import hashlib
 import importlib
 import inspect
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,7 +96,8 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
         mmap: Map the tensors from the file, so that only those that are used are read.
 
     Raises:
-        InputError: There is no such file, or it is damaged, foreign or newer than this code.
+        InputError: There is no such file, or it is damaged, foreign or newer than this code. A
+            changed byte is found: in a tensor by `tensors_sha256`, elsewhere by the zip's own CRC.
     """
     path = Path(path)
     if not path.is_file():
@@ -116,9 +120,49 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     missing = {"state_dict", "hyper_parameters", "global_step"} - checkpoint.keys()
     if missing:
         raise InputError(f"{path}: the checkpoint lacks {', '.join(sorted(missing))}")
+    # version 1 has no digest
+    is_sealed = version > 1 or "tensors_sha256" in checkpoint
+    if is_sealed and checkpoint.get("tensors_sha256") != tensors_sha256(checkpoint):
+        raise InputError(
+            f"{path}: damaged, its tensors are not those that were written; use another one, such "
+            "as the newest step=N.ckpt beside it"
+        )
     if version == 1 and isinstance(checkpoint["hyper_parameters"], dict):
         checkpoint["hyper_parameters"] = {**_VERSION_1, **checkpoint["hyper_parameters"]}
     return checkpoint
+
+
+def seal(checkpoint: dict[str, Any]) -> None:
+    """Note the version and the digest of a checkpoint that is whole."""
+    checkpoint["format_version"] = FORMAT_VERSION
+    checkpoint["tensors_sha256"] = tensors_sha256(checkpoint)
+
+
+def tensors_sha256(checkpoint: dict[str, Any]) -> str:
+    """Hash all tensors of a checkpoint: names, dtypes, shapes and values, in the order of names."""
+    tensors = sorted(_tensors(checkpoint, ""), key=lambda item: item[0])
+    with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter
+        values = pool.map(lambda item: _values_sha256(item[1]), tensors)
+    digest = hashlib.sha256()
+    for (name, tensor), value in zip(tensors, values, strict=True):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {value}\n".encode())
+    return digest.hexdigest()
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _tensors(part, f"{name}/{key}")
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            yield from _tensors(part, f"{name}/{index}")
+
+
+def _values_sha256(tensor: Tensor) -> str:
+    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(values.numpy().data).hexdigest()
 
 
 def file_sha256(path: str | Path) -> str:

@@ -101,6 +101,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Args:
         path: Where to; its folder exists.
         write: Called with a binary file, open for writing beside `path`.
+
+    Raises:
+        OSError: The disk is full, gone or not to be written to; it names `path`.
     """
     part = path.with_name(f".{path.name}.part{os.getpid()}")
     try:
@@ -109,6 +112,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+    except (OSError, RuntimeError) as error:
+        # torch.save hides the disk's error behind one of its own
+        reason = error if isinstance(error, OSError) else error.__context__
+        if isinstance(reason, OSError):
+            raise OSError(reason.errno, reason.strerror, str(path)) from error
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -27,6 +27,7 @@ from ddpm_lightning.diffusion.timestep_sampling import (
 from ddpm_lightning.diffusion.timesteps import draw_timesteps
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import to_float, to_uint8
+from ddpm_lightning.nonfinite import BadSteps, OnNonfinite, leave_out
 from ddpm_lightning.randomness import NUM_SEEDS, NoiseStreams, Stream, hash_indices, to_device
 from ddpm_lightning.samplers import Sampler, SamplerName, Step, make_sampler
 
@@ -70,6 +71,8 @@ class DDPM(LightningModule):
         optimizer: Makes the optimizer from the parameters.
         lr_warmup_steps: The learning rate grows linearly from 0 over so many steps.
         image_shape: (C, H, W) of the images; taken from the data module when None.
+        on_nonfinite: Whether a step whose loss or gradient is not finite stops training, at the
+            next logging step or checkpoint, or is left out.
         seed: Keys t, noise and dropout in training.
     """
 
@@ -89,6 +92,7 @@ class DDPM(LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=2e-3),
         lr_warmup_steps: int = 100,
         image_shape: tuple[int, int, int] | None = None,
+        on_nonfinite: OnNonfinite = "stop",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -110,6 +114,9 @@ class DDPM(LightningModule):
         self._seen: list[tuple[Tensor, Tensor]] = []
         self.image_shape = None if image_shape is None else tuple(image_shape)
         self.grad_norm: Tensor | None = None
+        self.bad_steps = BadSteps(are_final=on_nonfinite == "stop")
+        self._step_loss = torch.zeros(())
+        self._skips = on_nonfinite == "skip"
         self._optimizer = optimizer
         self._lr_warmup_steps = lr_warmup_steps
         self._seed = seed
@@ -168,9 +175,10 @@ class DDPM(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `from_checkpoint` needs, and what t depends on."""
         checkpoint["hyper_parameters"] = self.hyper_parameters()
-        checkpoint["format_version"] = checkpoints.FORMAT_VERSION
         if isinstance(self._timesteps, LossSecondMoment):
             checkpoint["timestep_sampling"] = self._timesteps.state_dict()
+        if self.trainer.is_global_zero:  # which writes it; this is the last hook before that
+            checkpoints.seal(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Draw t as training did when the checkpoint was written."""
@@ -279,12 +287,14 @@ class DDPM(LightningModule):
         weights = to_device(drawn.weights.to(losses.dtype), self.device)
         if isinstance(self._timesteps, LossSecondMoment):
             self._note(self._timesteps, t, losses.detach(), batch_idx)
-        return {
-            "loss": (weights * losses).mean(),
-            "losses": losses.detach(),
-            "t": t,
-            "weights": weights,
-        }
+        loss = (weights * losses).mean()
+        is_first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        self._step_loss = loss.detach() if is_first else self._step_loss + loss.detach()
+        # Adds 0; but a loss that is not finite gives a weight a gradient that is not finite, and
+        # gradients are what ranks exchange: all see that a step is bad, with nothing more to send.
+        weight = next(p for p in self.net.parameters() if p.requires_grad).flatten()[0]
+        loss = loss + 0 * loss.detach() * weight
+        return {"loss": loss, "losses": losses.detach(), "t": t, "weights": weights}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Give the loss of each image at its fixed t and noise, float [N].
@@ -367,11 +377,18 @@ class DDPM(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip at the global norm, and keep the norm before clipping for the curves."""
+        """Clip at the global norm, kept for the curves, and leave out what is not finite."""
         if gradient_clip_algorithm == "value":
             raise InputError("--trainer.gradient_clip_algorithm: only norm is supported")
         limit = gradient_clip_val or float("inf")  # 0 is no limit to Lightning
         self.grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+        loss = self._step_loss / self.trainer.accumulate_grad_batches
+        # Overflowing gradients are how the scaler of 16-mixed finds its scale; it leaves them out.
+        has_scaler = self.trainer.scaler is not None
+        is_bad = ~(loss if has_scaler else self.grad_norm).isfinite()
+        self.bad_steps.note(self.global_step + 1, loss, self.grad_norm, is_bad)
+        if self._skips and not has_scaler:
+            leave_out(optimizer, is_bad)
 
     # --- helpers -------------------------------------------------------------------------------
 
@@ -389,7 +406,8 @@ class DDPM(LightningModule):
             torch.as_tensor(self.all_gather(torch.cat(parts))).flatten().cpu()
             for parts in zip(*self._seen, strict=True)
         )
-        timesteps.update(all_t, all_losses)
+        finite = all_losses.isfinite()  # a step that is left out must not poison the draws
+        timesteps.update(all_t[finite], all_losses[finite])
         self._seen = []
 
     @property

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import nn
 
 from tests.command_line import TINY, TINY_OPTIONS, Result, run_here, run_process, train, tree
+from tests.training import save
 
 CONFIGS = {
     "top.yaml": "modle:\n  schedule: linear\n",
@@ -48,9 +49,9 @@ def here(tmp_path_factory: pytest.TempPathFactory, run: Path, pictures: Path) ->
     torch.save(nn.Linear(1, 1), folder / "pickled.ckpt")
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     del checkpoint["ema_state_dict"]
-    torch.save(checkpoint, folder / "raw.ckpt")
+    save(checkpoint, folder / "raw.ckpt")
     checkpoint["format_version"] = 1000
-    torch.save(checkpoint, folder / "newer.ckpt")
+    save(checkpoint, folder / "newer.ckpt")
     return folder
 
 

@@ -35,7 +35,7 @@ from ddpm_lightning.samplers import (
 from tests.command_line import TINY, Result, run_here, run_process, start_process, tree
 from tests.extractors import Small, small
 from tests.test_bad_input import assert_refused
-from tests.training import scalars
+from tests.training import save, scalars
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -218,7 +218,7 @@ def test_samplers_and_their_options(here: Path) -> None:
         }
     assert [row["subject"]["nfe"] for row in rows] == [4, 4, 7]
     assert f"step=10-ema-heun-4-leading-clipdynamic: {FD}_30 " in result.out
-    assert "heun leading clip dynamic  4 " in result.out
+    assert "heun leading clip dynamic          4 " in result.out
     with (here / "out/sweep.csv").open() as file:
         cells = list(csv.DictReader(file))
     assert [(row["num_steps"], row["nfe"]) for row in cells] == [("4", "4"), ("4", "4"), ("4", "7")]
@@ -525,9 +525,9 @@ def wrong(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
     content = torch.load(folder / "alone.ckpt", weights_only=True)
     weights = content["ema_state_dict"]
     content["ema_state_dict"] = {name: value * torch.nan for name, value in weights.items()}
-    torch.save(content, checkpoints / "diverged.ckpt")
+    save(content, checkpoints / "diverged.ckpt")
     del content["ema_state_dict"]
-    torch.save(content, folder / "raw.ckpt")
+    save(content, folder / "raw.ckpt")
 
     sizes = {"good": (8, 8), "large": (16, 16), "colour": (8, 8)}
     generator = np.random.default_rng(0)

@@ -44,6 +44,7 @@ from tests.training import (
     make_data,
     make_trainer,
     redraw,
+    save,
     tiny_module,
     tiny_net,
 )
@@ -323,7 +324,7 @@ def test_checkpoints_that_lack_something_are_refused(
 ) -> None:
     checkpoint = {**load(trained[0]), **changes}
     bad = tmp_path / "bad.ckpt"
-    torch.save({key: value for key, value in checkpoint.items() if value is not None}, bad)
+    save({key: value for key, value in checkpoint.items() if value is not None}, bad)
     with pytest.raises(InputError, match=message) as error:
         DDPM.from_checkpoint(bad)
     assert str(bad) in one_line(error)

@@ -33,6 +33,7 @@ from tests.training import (
     make_data,
     make_trainer,
     redraw,
+    save,
     tiny_module,
 )
 
@@ -160,7 +161,7 @@ def test_a_checkpoint_without_the_losses_is_refused(pictures: Path, tmp_path: Pa
     path = tmp_path / "first" / "checkpoints" / "last.ckpt"
     checkpoint = load(path)
     del checkpoint["timestep_sampling"]
-    torch.save(checkpoint, path)
+    save(checkpoint, path)
     with pytest.raises(InputError, match="timestep_sampling loss_second_moment"):
         train(tmp_path / "second", pictures, "loss_second_moment", resume=path)
 

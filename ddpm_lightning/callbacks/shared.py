@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -27,6 +28,29 @@ def sampler_options(callback: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"--{callback}.{error}") from error
+
+
+def make_run_folder(trainer: Trainer) -> None:
+    """Make the folder of a trainer's files, at the start of training, on rank 0."""
+    if trainer.is_global_zero:
+        Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
+
+
+def run_folder(trainer: Trainer, name: str = "") -> Path:
+    """Give the folder of a trainer's files, or one in it, which rank 0 makes.
+
+    Raises:
+        InputError: The former is gone: made anew, it would hold half a run.
+    """
+    root = Path(trainer.default_root_dir)
+    if trainer.is_global_zero:
+        if not root.is_dir():
+            raise InputError(
+                f"{root}: the run's folder has vanished at step {trainer.global_step}; is the disk "
+                "still there? Restore it and go on with --ckpt_path last, or start anew"
+            )
+        (root / name).mkdir(exist_ok=True)
+    return root / name
 
 
 class TrainerRanks:
