@@ -2,7 +2,7 @@
 
 A checkpoint is Lightning's dictionary with four keys of ours: `hyper_parameters` (plain values
 that rebuild the module), `ema_state_dict` (`state_dict` holds the raw weights), `format_version`,
-and, from version 2 on, `tensors_sha256`, which is checked whenever a file is read.
+and, from version 2 on, `content_sha256`, which is checked whenever a file is read.
 It loads with `weights_only=True`: nothing in the file is executed.
 """
 
@@ -96,8 +96,8 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
         mmap: Map the tensors from the file, so that only those that are used are read.
 
     Raises:
-        InputError: There is no such file, or it is damaged, foreign or newer than this code. A
-            changed byte is found: in a tensor by `tensors_sha256`, elsewhere by the zip's own CRC.
+        InputError: There is no such file, or it is damaged, foreign or newer than this code. Any
+            byte that changes what is read is found, by `content_sha256`.
     """
     path = Path(path)
     if not path.is_file():
@@ -121,11 +121,11 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     if missing:
         raise InputError(f"{path}: the checkpoint lacks {', '.join(sorted(missing))}")
     # version 1 has no digest
-    is_sealed = version > 1 or "tensors_sha256" in checkpoint
-    if is_sealed and checkpoint.get("tensors_sha256") != tensors_sha256(checkpoint):
+    is_sealed = version > 1 or "content_sha256" in checkpoint
+    if is_sealed and checkpoint.get("content_sha256") != content_sha256(checkpoint):
         raise InputError(
-            f"{path}: damaged, its tensors are not those that were written; use another one, such "
-            "as the newest step=N.ckpt beside it"
+            f"{path}: damaged, its content is not what was written; use another one, such as the "
+            "newest step=N.ckpt beside it"
         )
     if version == 1 and isinstance(checkpoint["hyper_parameters"], dict):
         checkpoint["hyper_parameters"] = {**_VERSION_1, **checkpoint["hyper_parameters"]}
@@ -135,34 +135,41 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
 def seal(checkpoint: dict[str, Any]) -> None:
     """Note the version and the digest of a checkpoint that is whole."""
     checkpoint["format_version"] = FORMAT_VERSION
-    checkpoint["tensors_sha256"] = tensors_sha256(checkpoint)
+    checkpoint["content_sha256"] = content_sha256(checkpoint)
 
 
-def tensors_sha256(checkpoint: dict[str, Any]) -> str:
-    """Hash all tensors of a checkpoint: names, dtypes, shapes and values, in the order of names."""
-    tensors = sorted(_tensors(checkpoint, ""), key=lambda item: item[0])
+def content_sha256(checkpoint: dict[str, Any]) -> str:
+    """Hash all that a checkpoint holds but this digest: keys, tensors and plain values.
+
+    The file's own check sums would not do: torch does not look at them.
+    """
+    content = {key: value for key, value in checkpoint.items() if key != "content_sha256"}
+    leaves = list(_leaves(content, ""))
     with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter
-        values = pool.map(lambda item: _values_sha256(item[1]), tensors)
+        texts = pool.map(lambda leaf: f"{leaf[0]}: {_text_of(leaf[1])}\n", leaves)
     digest = hashlib.sha256()
-    for (name, tensor), value in zip(tensors, values, strict=True):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {value}\n".encode())
+    for text in texts:
+        digest.update(text.encode())
     return digest.hexdigest()
 
 
-def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield what is in a nest of dicts and lists, each under the keys that lead to it."""
+    if isinstance(value, dict | list | tuple):
+        yield name, f"{type(value).__name__} of {len(value)}"
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in items:
+            yield from _leaves(part, f"{name}/{key!r}")
+    else:
         yield name, value
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from _tensors(part, f"{name}/{key}")
-    elif isinstance(value, list | tuple):
-        for index, part in enumerate(value):
-            yield from _tensors(part, f"{name}/{index}")
 
 
-def _values_sha256(tensor: Tensor) -> str:
-    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(values.numpy().data).hexdigest()
+def _text_of(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    values = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+    sha256 = hashlib.sha256(values.numpy().data).hexdigest()
+    return f"{value.dtype} {list(value.shape)} {sha256}"
 
 
 def file_sha256(path: str | Path) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ddpm_lightning import UNet
 from ddpm_lightning.callbacks import AtomicCheckpointIO
-from ddpm_lightning.checkpoints import tensors_sha256
+from ddpm_lightning.checkpoints import content_sha256
 from ddpm_lightning.cli import TRAINER_DEFAULTS
 from ddpm_lightning.cli import main as cli_main
 from ddpm_lightning.data.batches import Batch
@@ -197,7 +197,7 @@ def batch_of(num_images: int, first: int = 0, seed: int = 0) -> Batch:
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint that was changed on purpose, with the digest of what it now holds."""
-    checkpoint["tensors_sha256"] = tensors_sha256(checkpoint)
+    checkpoint["content_sha256"] = content_sha256(checkpoint)
     torch.save(checkpoint, path)
 
 
