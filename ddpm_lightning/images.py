@@ -115,7 +115,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except (OSError, RuntimeError) as error:
         # torch.save hides the disk's error behind one of its own
         reason = error if isinstance(error, OSError) else error.__context__
-        if isinstance(reason, OSError):
+        if isinstance(reason, OSError) and reason.errno is not None:
             raise OSError(reason.errno, reason.strerror, str(path)) from error
         raise
     finally:

@@ -252,7 +252,7 @@ def test_only_networks_are_called(
     bad = tmp_path / "bad.ckpt"
     for name in ("os.system", "builtins.print", "pathlib.Path", "no.such", "Nothing", "torch.nope"):
         checkpoint["hyper_parameters"]["net"] = {"class_path": name, "init_args": {"command": "x"}}
-        torch.save(checkpoint, bad)
+        save(checkpoint, bad)
         with pytest.raises(InputError) as error:
             DDPM.from_checkpoint(bad)
         assert name in one_line(error)

@@ -9,6 +9,9 @@ import torch
 from PIL import Image
 
 from ddpm_lightning import DDPM
+from ddpm_lightning.commands.reconstruct import without_pure_noise
+from ddpm_lightning.diffusion.process import Process
+from ddpm_lightning.diffusion.schedules import make_betas
 from ddpm_lightning.images import make_grid, to_float, to_uint8
 from ddpm_lightning.samplers import DDIMSampler
 from tests.command_line import run_here, train, tree
@@ -55,12 +58,14 @@ def test_pairs_and_their_distance(
     model = DDPM.from_checkpoint(checkpoint, weights)  # type: ignore[arg-type]
     files = sorted((pictures / "train").iterdir())[:5]
     images = torch.stack([torch.from_numpy(np.array(Image.open(file)))[None] for file in files])
-    *_, latent = sampler.encode(model, model.process, to_float(images))
-    *_, last = sampler(model, model.process, lambda: latent)
+    process = without_pure_noise(sampler.respace(model.process))
+    sampler = DDIMSampler(process.num_timesteps, clip="none")
+    *_, latent = sampler.encode(model, process, to_float(images))
+    *_, last = sampler(model, process, lambda: latent)
     decoded = to_uint8(last.x_prev)
     error = (decoded.double() - images.double()).abs().mean()
     assert float(found[1]) == pytest.approx(float(error), abs=6e-4)
-    assert int(found[2]) == sampler.count_steps(model.process)
+    assert int(found[2]) == process.num_timesteps < model.process.num_timesteps
     with Image.open(tmp_path / "new/pairs.png") as picture:
         drawn = torch.from_numpy(np.array(picture))[None]
     pairs = torch.stack([images, decoded], dim=1).flatten(0, 1)
@@ -94,3 +99,13 @@ def test_refused(
     assert result.err.count("\n") == 1
     assert told in result.err
     assert tree(tmp_path) == before
+
+
+def test_timesteps_of_pure_noise_are_left_out() -> None:
+    linear, cosine = Process(make_betas("linear", 1000)), Process(make_betas("cosine", 1000))
+    assert without_pure_noise(linear).num_timesteps == 1000
+    kept = without_pure_noise(cosine)
+    assert 990 <= kept.num_timesteps < 1000
+    ratios = (1 / cosine.alphas_cumprod - 1).sqrt()
+    assert float(ratios[kept.num_timesteps - 1]) <= 200 < float(ratios[kept.num_timesteps])
+    assert torch.equal(kept.alphas_cumprod, cosine.alphas_cumprod[: kept.num_timesteps])

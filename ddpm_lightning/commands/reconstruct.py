@@ -12,10 +12,12 @@ from ddpm_lightning.commands.shell import announce, run_command
 from ddpm_lightning.commands.subjects import check_shape, without_remedy
 from ddpm_lightning.commands.trainer import make_trainer
 from ddpm_lightning.data.datamodule import ImageDataModule
+from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import make_grid, to_float, to_uint8, write_png
 from ddpm_lightning.module import DDPM
 from ddpm_lightning.samplers import DDIMSampler
+from ddpm_lightning.samplers.heun import MAX_RATIO
 
 COLUMNS = 8  # four pairs
 BATCH_SIZE = 64
@@ -41,6 +43,7 @@ def reconstruct(
         images: A data set as --data.source takes it; its first training images are taken, at the
             checkpoint's size and channels.
         num_steps: Timesteps to visit, on the way up and again down; 50 by default. More are nearer.
+            The highest, where next to nothing is left of an image, are left out.
         spacing: Which timesteps those are, as `sample` has it.
         num_images: How many images.
         weights: The moving average, or the raw weights.
@@ -52,28 +55,41 @@ def reconstruct(
         raise InputError(f"--out {out}: exists, and nothing is overwritten; choose another")
     sampler = DDIMSampler(num_steps, spacing=spacing, clip="none")
     model = DDPM.from_checkpoint(checkpoint, weights)
-    sampler.respace(model.process)  # refuses timesteps that the schedule does not have
+    process = without_pure_noise(sampler.respace(model.process))
+    sampler = DDIMSampler(process.num_timesteps, clip="none")
     originals = _read(Path(checkpoint), model, images, num_images)
-    model.to(make_trainer(accelerator, "1", 1).strategy.root_device)
+    device = make_trainer(accelerator, "1", 1).strategy.root_device
+    model.to(device)
+    process.to(device)
     starts = range(0, len(originals), BATCH_SIZE)
     parts = (originals[start : start + BATCH_SIZE] for start in starts)
-    decoded = torch.cat([_there_and_back(model, sampler, part) for part in parts])
+    decoded = torch.cat([_there_and_back(model, process, sampler, part) for part in parts])
     error = float((decoded.int() - originals.int()).abs().double().mean())
     path.parent.mkdir(parents=True, exist_ok=True)
     pairs = torch.stack([originals, decoded], dim=1).flatten(0, 1)
     write_png(path, make_grid(pairs, num_columns=COLUMNS))
-    num_steps = sampler.count_steps(model.process)
     announce(
-        f"mean error: {error:.3f} of 255 levels, with {num_steps} steps each way\nimages: {out}"
+        f"mean error: {error:.3f} of 255 levels, with {process.num_timesteps} steps each way\n"
+        f"images: {out}"
     )
 
 
+def without_pure_noise(process: Process) -> Process:
+    """Leave out the highest timesteps, at which next to nothing is left of an image.
+
+    There a predicted x_0 is the small difference of large numbers, times up to 20,291 in the cosine
+    schedule: what is lost on the way up could not be found again. The linear schedule has none.
+    """
+    ratios = (1 / process.alphas_cumprod - 1).sqrt()  # of noise to signal
+    return process.respace(torch.arange(max(1, int((ratios <= MAX_RATIO).sum()))))
+
+
 @torch.no_grad()
-def _there_and_back(model: DDPM, sampler: DDIMSampler, images: Tensor) -> Tensor:
+def _there_and_back(model: DDPM, process: Process, sampler: DDIMSampler, images: Tensor) -> Tensor:
     """Encode and decode uint8 [N, C, H, W]; the result is on the CPU."""
     x_0 = to_float(images.to(model.device))
-    *_, latent = sampler.encode(model, model.process, x_0)
-    *_, last = sampler(model, model.process, lambda: latent)
+    *_, latent = sampler.encode(model, process, x_0)
+    *_, last = sampler(model, process, lambda: latent)
     return to_uint8(last.x_prev).cpu()
 
 
