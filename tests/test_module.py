@@ -20,7 +20,16 @@ from ddpm_lightning.checkpoints import FORMAT_VERSION, load_checkpoint
 from ddpm_lightning.data.batches import Batch
 from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.samplers import DDIMSampler, Draw, Network, Sampler, Step
+from ddpm_lightning.samplers import (
+    DDIMSampler,
+    DPMSolver2MSampler,
+    DPMSolver2MSDESampler,
+    Draw,
+    HeunSampler,
+    Network,
+    Sampler,
+    Step,
+)
 from tests.training import (
     NUM_TIMESTEPS,
     MemoryLogger,
@@ -35,6 +44,7 @@ from tests.training import (
     make_data,
     make_trainer,
     redraw,
+    save,
     tiny_module,
     tiny_net,
 )
@@ -222,7 +232,12 @@ def test_a_checkpoint_holds_plain_values_and_network_keys(trained: tuple[Path, D
         "num_timesteps": NUM_TIMESTEPS,
         "beta_start": 1e-4,
         "beta_end": 0.02,
+        "zero_terminal_snr": False,
+        "prediction": "noise",
         "variance": "fixed_small",
+        "loss": "simple",
+        "weighting": "none",
+        "timestep_sampling": "uniform",
         "image_shape": [1, 8, 8],
     }
 
@@ -237,7 +252,7 @@ def test_only_networks_are_called(
     bad = tmp_path / "bad.ckpt"
     for name in ("os.system", "builtins.print", "pathlib.Path", "no.such", "Nothing", "torch.nope"):
         checkpoint["hyper_parameters"]["net"] = {"class_path": name, "init_args": {"command": "x"}}
-        torch.save(checkpoint, bad)
+        save(checkpoint, bad)
         with pytest.raises(InputError) as error:
             DDPM.from_checkpoint(bad)
         assert name in one_line(error)
@@ -309,7 +324,7 @@ def test_checkpoints_that_lack_something_are_refused(
 ) -> None:
     checkpoint = {**load(trained[0]), **changes}
     bad = tmp_path / "bad.ckpt"
-    torch.save({key: value for key, value in checkpoint.items() if value is not None}, bad)
+    save({key: value for key, value in checkpoint.items() if value is not None}, bad)
     with pytest.raises(InputError, match=message) as error:
         DDPM.from_checkpoint(bad)
     assert str(bad) in one_line(error)
@@ -351,7 +366,18 @@ def test_draws_depend_on_the_seed_alone(sampling: DDPM) -> None:
     assert torch.equal(together[0, 0], expected)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", DDIMSampler(7, eta=1.0)])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        "ddpm",
+        "ddim",
+        DDIMSampler(7, eta=1.0),
+        DDIMSampler(7, clip="dynamic"),
+        DPMSolver2MSampler(7),
+        DPMSolver2MSDESampler(7),
+        HeunSampler(5),
+    ],
+)
 def test_an_image_depends_on_its_seed_alone(sampling: DDPM, sampler: Any) -> None:
     num_steps = 10 if sampler == "ddim" else None
     seeds = list(range(40))
