@@ -23,6 +23,7 @@ from ddpm_lightning.callbacks import EMA, Checkpoints, Nonfinite
 from ddpm_lightning.checkpoints import load_checkpoint
 from ddpm_lightning.data.batches import Batch
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.nonfinite import keep_if_bad, select
 from ddpm_lightning.runs import RunLock
 from tests.command_line import TINY, run_here, tree
 from tests.test_resume import kill_when_there, start_fit
@@ -102,6 +103,22 @@ def test_a_signal_ends_a_step_and_costs_nothing(pictures: Path, tmp_path: Path) 
     assert not list((tmp_path / "stopped").glob(".lock"))
 
 
+def test_two_ranks_stop_at_the_same_step(pictures: Path, tmp_path: Path) -> None:
+    """Though only the first is told; neither is left behind, and no warning misleads."""
+    process = start_fit(
+        tmp_path,
+        pictures,
+        *("--run_dir", "run", "--trainer.devices", "2", "--trainer.strategy", "ddp"),
+        *("--trainer.max_steps", "100000", "--trainer.val_check_interval", "20"),
+    )
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    output = stop_by(process, signal.SIGTERM, last)
+    told = re.findall(r"stopped by SIGTERM at step (\d+); go on with: ", output)
+    assert told == [str(load(last)["global_step"])], output
+    assert "Traceback" not in output
+    assert "sync_dist" not in output
+
+
 # --- steps that are not finite -------------------------------------------------------------------
 
 
@@ -165,6 +182,15 @@ def test_a_bad_step_stops_before_anything_is_written(
         assert str(last) in str(error.value)
         assert load(last)["global_step"] == 3
         DDPM.from_checkpoint(last)
+
+
+def test_the_devices_choice_is_that_of_the_host() -> None:
+    """On a device nobody may look at the flag: there both lists go through a kernel."""
+    old, new = [torch.zeros(2), torch.ones(3)], [torch.full((2,), torch.nan), torch.full((3,), 5.0)]
+    for is_bad, expected in ((torch.tensor(True), old), (torch.tensor(False), new)):
+        for choose in (select, keep_if_bad):
+            for ours, theirs in zip(choose(is_bad, old, new), expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 ADAMS = {
