@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from ddpm_lightning import DDPM
-from ddpm_lightning.callbacks import EMA, Checkpoints, Nonfinite
+from ddpm_lightning.callbacks import EMA, Checkpoints, Nonfinite, Signals
 from ddpm_lightning.checkpoints import load_checkpoint
 from ddpm_lightning.data.batches import Batch
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, Stopped
 from ddpm_lightning.nonfinite import keep_if_bad, select
 from ddpm_lightning.runs import RunLock
 from tests.command_line import TINY, run_here, tree
@@ -101,6 +102,30 @@ def test_a_signal_ends_a_step_and_costs_nothing(pictures: Path, tmp_path: Path) 
     # a mean over a window of steps that a stop fell into is that of its later steps
     assert sum(found[step] != expected[step] for step in found) <= 2
     assert not list((tmp_path / "stopped").glob(".lock"))
+
+
+class Interrupt(Callback):
+    """Sends Ctrl-C to this process in the second step."""
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_run_in_the_background_ignores_ctrl_c(
+    ignored: bool, pictures: Path, tmp_path: Path
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    trainer = make_trainer(tmp_path, Interrupt(), Signals("fit"), Checkpoints(), max_steps=4)
+    try:
+        with nullcontext() if ignored else pytest.raises(Stopped, match="SIGINT at step 2"):
+            trainer.fit(tiny_module(), make_data(pictures))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert load(tmp_path / "checkpoints/last.ckpt")["global_step"] == (4 if ignored else 2)
 
 
 def test_two_ranks_stop_at_the_same_step(pictures: Path, tmp_path: Path) -> None:
