@@ -1,6 +1,6 @@
 """DDPM: wires data, process, network and sampler together; the mathematics is elsewhere."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,15 +210,32 @@ class DDPM(LightningModule):
             sampler = make_sampler(sampler, num_steps)
         return torch.cat([images.cpu() for images in self.batches(seeds, sampler, batch_size)])
 
-    def batches(self, seeds: Sequence[int], sampler: Sampler, batch_size: int) -> Iterator[Tensor]:
+    def batches(
+        self,
+        seeds: Sequence[int],
+        sampler: Sampler,
+        batch_size: int,
+        after_step: Callable[[], object] | None = None,
+    ) -> Iterator[Tensor]:
         """Yield images batch by batch, uint8 [<= batch_size, C, H, W] on the module's device.
+
+        Args:
+            seeds: See `sample`.
+            sampler: The sampler.
+            batch_size: Images at a time.
+            after_step: Called after each step of a chain; what it raises ends the work.
 
         Raises:
             InputError: A sample is not finite.
         """
         for start in range(0, len(seeds), batch_size):
-            *_, last = self.denoise(seeds[start : start + batch_size], sampler)
-            yield finished_images(last)
+            step = None
+            # not `*_, last`: that keeps all the steps, a thousand batches of images
+            for step in self.denoise(seeds[start : start + batch_size], sampler):  # noqa: B007
+                if after_step is not None:
+                    after_step()
+            assert step is not None
+            yield finished_images(step)
 
     @torch.no_grad()
     def denoise(self, seeds: Sequence[int], sampler: Sampler) -> Iterator[Step]:

@@ -63,6 +63,24 @@ class BadSteps:
         return self._kept[None]
 
 
+def keep_if_bad(is_bad: Tensor, old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    """Choose between two lists of tensors by a flag, without waiting for the device.
+
+    Args:
+        is_bad: Whether the old ones are chosen, bool [].
+        old: Each of them, of any shape.
+        new: The same shapes and dtypes.
+    """
+    if is_bad.device.type == "cpu":  # nothing to wait for, and nothing to copy
+        return old if is_bad else new
+    return select(is_bad, old, new)
+
+
+def select(is_bad: Tensor, old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    """Do as `keep_if_bad` does by the device's own kernels, whatever it is."""
+    return [torch.where(is_bad, a, b) for a, b in zip(old, new, strict=True)]
+
+
 def leave_out(optimizer: torch.optim.Optimizer, is_bad: Tensor) -> None:
     """Make the optimizer's coming update change no bit of weights and state, if `is_bad`.
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from ddpm_lightning import DDPM
-from ddpm_lightning.callbacks import EMA, Checkpoints, Nonfinite
+from ddpm_lightning.callbacks import EMA, Checkpoints, Nonfinite, Signals
 from ddpm_lightning.checkpoints import load_checkpoint
 from ddpm_lightning.data.batches import Batch
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, Stopped
+from ddpm_lightning.nonfinite import keep_if_bad, select
 from ddpm_lightning.runs import RunLock
 from tests.command_line import TINY, run_here, tree
 from tests.test_resume import kill_when_there, start_fit
@@ -102,6 +104,46 @@ def test_a_signal_ends_a_step_and_costs_nothing(pictures: Path, tmp_path: Path) 
     assert not list((tmp_path / "stopped").glob(".lock"))
 
 
+class Interrupt(Callback):
+    """Sends Ctrl-C to this process in the second step."""
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_run_in_the_background_ignores_ctrl_c(
+    ignored: bool, pictures: Path, tmp_path: Path
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    trainer = make_trainer(tmp_path, Interrupt(), Signals("fit"), Checkpoints(), max_steps=4)
+    try:
+        with nullcontext() if ignored else pytest.raises(Stopped, match="SIGINT at step 2"):
+            trainer.fit(tiny_module(), make_data(pictures))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert load(tmp_path / "checkpoints/last.ckpt")["global_step"] == (4 if ignored else 2)
+
+
+def test_two_ranks_stop_at_the_same_step(pictures: Path, tmp_path: Path) -> None:
+    """Though only the first is told; neither is left behind, and no warning misleads."""
+    process = start_fit(
+        tmp_path,
+        pictures,
+        *("--run_dir", "run", "--trainer.devices", "2", "--trainer.strategy", "ddp"),
+        *("--trainer.max_steps", "100000", "--trainer.val_check_interval", "20"),
+    )
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    output = stop_by(process, signal.SIGTERM, last)
+    told = re.findall(r"stopped by SIGTERM at step (\d+); go on with: ", output)
+    assert told == [str(load(last)["global_step"])], output
+    assert "Traceback" not in output
+    assert "sync_dist" not in output
+
+
 # --- steps that are not finite -------------------------------------------------------------------
 
 
@@ -165,6 +207,15 @@ def test_a_bad_step_stops_before_anything_is_written(
         assert str(last) in str(error.value)
         assert load(last)["global_step"] == 3
         DDPM.from_checkpoint(last)
+
+
+def test_the_devices_choice_is_that_of_the_host() -> None:
+    """On a device nobody may look at the flag: there both lists go through a kernel."""
+    old, new = [torch.zeros(2), torch.ones(3)], [torch.full((2,), torch.nan), torch.full((3,), 5.0)]
+    for is_bad, expected in ((torch.tensor(True), old), (torch.tensor(False), new)):
+        for choose in (select, keep_if_bad):
+            for ours, theirs in zip(choose(is_bad, old, new), expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 ADAMS = {

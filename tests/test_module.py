@@ -3,7 +3,9 @@
 import builtins
 import io
 import os
+import weakref
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -398,6 +400,38 @@ def test_an_image_depends_on_its_seed_alone(sampling: DDPM, sampler: Any) -> Non
         distance = (other.int() - images.int()).abs()
         assert int(distance.max()) <= 1
         assert float((distance > 0).float().mean()) <= 1e-3
+
+
+def test_a_chain_is_not_kept_whole(sampling: DDPM) -> None:
+    """Of a thousand steps of large images there would be no room for all."""
+    alive: list[weakref.ref[Tensor]] = []
+    counts: list[int] = []
+
+    class Long(DDIMSampler):
+        def __call__(self, net: Network, process: Process, draw: Draw) -> Iterator[Step]:
+            for step in super().__call__(net, process, draw):
+                alive.append(weakref.ref(step.x_prev))
+                yield step
+
+    def count() -> None:
+        counts.append(sum(tensor() is not None for tensor in alive))
+
+    list(sampling.batches(range(4), Long(20), 2, count))
+    assert len(counts) == 40  # called after each step of both batches
+    assert max(counts) <= 3
+
+
+def test_what_is_raised_after_a_step_ends_the_work(sampling: DDPM) -> None:
+    calls: list[int] = []
+
+    def stop() -> None:
+        calls.append(len(calls))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(sampling.batches([0], DDIMSampler(5), 1, stop))
+    assert len(calls) == 3
 
 
 def test_float_images_agree_across_batch_sizes(sampling: DDPM) -> None:

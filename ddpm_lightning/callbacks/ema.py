@@ -12,6 +12,7 @@ from ddpm_lightning.callbacks.shared import Mean, log_evaluation
 from ddpm_lightning.data.datamodule import Batch
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.module import DDPM
+from ddpm_lightning.nonfinite import keep_if_bad
 
 
 class EMA(Callback):
@@ -72,10 +73,7 @@ class EMA(Callback):
         ]
         if pl_module.bad_steps.latest is not None:
             # of a bad step the average takes itself, which changes no bit of it
-            parameters = [
-                torch.where(pl_module.bad_steps.latest, mean, parameter)
-                for parameter, mean in zip(parameters, average, strict=True)
-            ]
+            parameters = keep_if_bad(pl_module.bad_steps.latest, average, parameters)
         torch._foreach_lerp_(average, parameters, 1 - decay)
 
     @contextmanager

@@ -35,7 +35,7 @@ from ddpm_lightning.metrics.judge import (
 )
 from ddpm_lightning.metrics.record import describe_sampler, make_record, write_record
 from ddpm_lightning.metrics.reference import Reference, reference_of
-from ddpm_lightning.module import DDPM, finished_images
+from ddpm_lightning.module import DDPM
 from ddpm_lightning.samplers import SamplerName, make_sampler
 
 
@@ -267,11 +267,9 @@ class FID(Callback):
             disable=not trainer.is_global_zero,
             **bar_options(),
         ) as bar:
-            for start in range(0, len(seeds), self.batch_size):
-                batch = seeds[start : start + self.batch_size]
-                step = None
-                for step in pl_module.denoise(batch, self.sampler):  # noqa: B007  # the last one
-                    check_signals(trainer)
-                assert step is not None
-                collector.add(finished_images(step))
-                bar.update(len(batch))
+            batches = pl_module.batches(
+                seeds, self.sampler, self.batch_size, lambda: check_signals(trainer)
+            )
+            for images in batches:
+                collector.add(images)
+                bar.update(len(images))

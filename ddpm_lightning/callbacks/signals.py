@@ -60,7 +60,9 @@ class Signals(Callback):
             loop._broadcast_sigterm_tensor = lambda: None
         if threading.current_thread() is threading.main_thread():  # Python knows no other way
             for number in SERVED:
-                signal.signal(number, self._hear)
+                # what a shell starts in its background is to ignore Ctrl-C
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, self._hear)
         if trainer.received_sigterm:  # before this
             self._received = signal.SIGTERM
 

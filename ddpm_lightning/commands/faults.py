@@ -1,6 +1,5 @@
 """What goes wrong while training, told in one line: memory, disks."""
 
-import errno
 import shlex
 import sys
 import threading
@@ -13,16 +12,10 @@ import torch
 from lightning.pytorch import Trainer
 from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
+from ddpm_lightning.commands.shell import DISK_ERRORS
 from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.runs import Run
-
-# The file system's own refusals: the user can mend them, a traceback does not help.
-DISK_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO),
-    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
-}
 
 # What allocators say that raise no error of their own kind.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")

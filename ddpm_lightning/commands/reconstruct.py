@@ -1,5 +1,6 @@
 """`reconstruct`: images to noise and back, along DDIM's chain without fresh noise."""
 
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -88,8 +89,9 @@ def without_pure_noise(process: Process) -> Process:
 def _there_and_back(model: DDPM, process: Process, sampler: DDIMSampler, images: Tensor) -> Tensor:
     """Encode and decode uint8 [N, C, H, W]; the result is on the CPU."""
     x_0 = to_float(images.to(model.device))
-    *_, latent = sampler.encode(model, process, x_0)
-    *_, last = sampler(model, process, lambda: latent)
+    # not `*_, last`: that keeps all the steps
+    latent = deque(sampler.encode(model, process, x_0), maxlen=1).pop()
+    last = deque(sampler(model, process, lambda: latent), maxlen=1).pop()
     return to_uint8(last.x_prev).cpu()
 
 

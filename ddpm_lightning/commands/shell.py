@@ -1,5 +1,6 @@
 """What commands share: announcements, exit statuses, errors of one line."""
 
+import errno
 import logging
 import signal
 import sys
@@ -10,10 +11,16 @@ from types import FrameType
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from ddpm_lightning.commands.faults import DISK_ERRORS
 from ddpm_lightning.errors import InputError, Stopped
 
 logger = logging.getLogger("ddpm_lightning")
+
+# The file system's own refusals: the user can mend them, a traceback does not help.
+DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+}
 
 
 def announce(text: str) -> None:
@@ -90,6 +97,7 @@ def _set_up_output() -> None:
         r".*LeafSpec.*",  # Lightning's own use of a deprecated name
         r".*all_gather is deprecated.*",  # the same
         r".*GPU available but not used.*",
+        r".*sync_dist=True.*",  # what is logged is the mean over all ranks already
         r".*predict returned None.*",  # the images are on disk
         r".*Total length of `list` across ranks is zero.*",  # without validation images
     ):
