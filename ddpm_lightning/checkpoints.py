@@ -30,6 +30,10 @@ _VERSION_1: dict[str, Any] = {
     "timestep_sampling": "uniform",
 }
 
+# Without these there is no model; only a run that kept an average has the last.
+_NEEDED = {"state_dict": dict, "hyper_parameters": dict, "global_step": int}
+_HELD = {**_NEEDED, "ema_state_dict": dict}
+
 Weights = Literal["ema", "raw"]
 
 
@@ -117,9 +121,12 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
             f"{path}: format_version {version} is newer than this ddpm_lightning reads "
             f"({FORMAT_VERSION}); upgrade it"
         )
-    missing = {"state_dict", "hyper_parameters", "global_step"} - checkpoint.keys()
+    missing = _NEEDED.keys() - checkpoint.keys()
     if missing:
         raise InputError(f"{path}: the checkpoint lacks {', '.join(sorted(missing))}")
+    for key, kind in _HELD.items():
+        if not isinstance(checkpoint.get(key, kind()), kind):
+            raise InputError(f"{path}: the checkpoint's {key} is no {kind.__name__}")
     # version 1 has no digest
     is_sealed = version > 1 or "content_sha256" in checkpoint
     if is_sealed and not _is_as_sealed(checkpoint):
@@ -127,7 +134,7 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
             f"{path}: damaged, its content is not what was written; use another one, such as the "
             "newest step=N.ckpt beside it"
         )
-    if version == 1 and isinstance(checkpoint["hyper_parameters"], dict):
+    if version == 1:
         checkpoint["hyper_parameters"] = {**_VERSION_1, **checkpoint["hyper_parameters"]}
     return checkpoint
 

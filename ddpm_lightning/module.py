@@ -157,7 +157,7 @@ class DDPM(LightningModule):
             arguments = dict(checkpoint["hyper_parameters"])
             module = cls(checkpoints.build(arguments.pop("net")), **arguments)
             module.load_state_dict(state)
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{path}: does not describe a model whole: {reason}") from error
         return module.eval()

@@ -5,7 +5,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -195,29 +195,50 @@ def reshaped(tensor: torch.Tensor) -> list[torch.Tensor]:
     ]
 
 
+class Change(NamedTuple):
+    """One value of a checkpoint gone, another, of another shape, or one more beside it."""
+
+    kind: str
+    path: Path_
+    value: Any
+
+    def made_in(self, written: Content) -> Content:
+        """Give what a checkpoint holds then."""
+        content = copied(written)
+        node: Any = content
+        *path, key = self.path
+        for part in path:
+            node = node[part]
+        if self.kind == "gone":
+            del node[key]
+        elif self.kind == "more" and isinstance(node, dict):
+            node[f"{key}.x"] = self.value
+        elif self.kind == "more":
+            node.append(self.value)
+        else:
+            node[key] = self.value
+        return content
+
+
 @st.composite
-def changes(draw: st.DrawFn, written: Content) -> tuple[str, Content]:
-    """What a checkpoint holds, with one value gone, renamed, or another one."""
+def changes(draw: st.DrawFn, written: Content) -> Change:
     top = [(key,) for key in written]
-    inner = [path for path in paths(written) if path[0] != "loops" or len(path) < 4]
-    *path, key = draw(st.sampled_from(top) | st.sampled_from(inner) | st.sampled_from(inner))
-    content = copied(written)
-    node: Any = content
+    inner = list(paths(written))
+    path = draw(st.sampled_from(top) | st.sampled_from(inner) | st.sampled_from(inner))
+    value: Any = written
     for part in path:
-        node = node[part]
-    change = draw(st.sampled_from(["gone", "other", "other", "shape", "more"]))
-    value = node[key]
-    if change == "gone":
-        del node[key]
-    elif change == "shape" and isinstance(value, torch.Tensor):
-        node[key] = draw(st.sampled_from(reshaped(value)))
-    elif change == "more" and isinstance(node, dict):
-        node[draw(st.sampled_from([f"{key}.x", 3, ""]))] = draw(others)
-    elif change == "more":
-        node.append(value)
-    else:
-        node[key] = draw(others)
-    return f"{change} at {[*path, key]}", content
+        value = value[part]
+    kind = draw(st.sampled_from(["gone", "other", "other", "shape", "more"]))
+    is_tensor = kind == "shape" and isinstance(value, torch.Tensor)
+    return Change(kind, path, draw(st.sampled_from(reshaped(value)) if is_tensor else others))
+
+
+def is_only_sealed(path: Path_) -> bool:
+    """Whether nothing but the digest tells that a value is wrong, until some step needs it.
+
+    What an optimizer keeps is known to it alone; Lightning's counters count without a look.
+    """
+    return len(path) > 1 and path[0] in ("optimizer_states", "loops")
 
 
 def copied(value: Any) -> Any:
@@ -232,13 +253,16 @@ def test_other_content(cases: Cases, pictures: Path, run: Path) -> None:
     written = load(run / "checkpoints/last.ckpt")
     all_readers = readers(pictures)
 
-    def check(case: tuple[tuple[str, Content], Callable[[Sandbox], bool]]) -> bool:
-        (_, content), read = case
+    def check(case: tuple[Change, Callable[[Sandbox], bool]]) -> bool:
+        change, read = case
+        content = change.made_in(written)
         with sandbox(pictures) as box:
             path = box.here / "case.ckpt"
             torch.save(content, path)
             with pytest.raises(InputError, match="case.ckpt"):
                 load_checkpoint(path)
+            if is_only_sealed(change.path):
+                return True
             seal(content)
             torch.save(content, path)
             return read(box)
