@@ -204,7 +204,7 @@ class Change(NamedTuple):
 
     def made_in(self, written: Content) -> Content:
         """Give what a checkpoint holds then."""
-        content = copied(written)
+        content: Content = copied(written)
         node: Any = content
         *path, key = self.path
         for part in path:
