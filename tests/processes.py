@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, Trainer
 
 from tests.command_line import heed_interrupts
-from tests.training import assert_same_training, scalars
+from tests.training import assert_same_training, load, scalars
 
 ROOT = Path(__file__).parent.parent
 
@@ -95,14 +95,15 @@ def kill_when_there(process: subprocess.Popen[str], path: Path) -> None:
 def assert_same_run(ours: Path, theirs: Path) -> None:
     """Two runs' checkpoints and curves are equal bit for bit, and nothing else is left behind."""
     names = sorted(path.name for path in (theirs / "checkpoints").iterdir())
+    assert all(name.endswith(".ckpt") and not name.startswith(".") for name in names), names
     assert sorted(path.name for path in (ours / "checkpoints").iterdir()) == names
     for name in names:
         assert_same_training(ours / "checkpoints" / name, theirs / "checkpoints" / name)
     assert [path.name for path in ours.glob("*.yaml")] == ["config.yaml"]
+    num_steps = load(theirs / "checkpoints" / "last.ckpt")["global_step"]
     # Each step of each curve is there once, and what can be equal is.
     for tag in ("val/loss", "val/loss_ema", "train/lr", "train/grad_norm", "train/loss"):
         curve = scalars(ours, tag)
         assert curve == scalars(theirs, tag), tag
         interval = 20 if tag.startswith("val") else 10
-        last = max(curve)
-        assert list(curve) == list(range(interval, last + 1, interval))
+        assert list(curve) == list(range(interval, num_steps + 1, interval))

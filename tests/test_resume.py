@@ -8,6 +8,7 @@ import torch
 
 from ddpm_lightning.callbacks import EMA, Checkpoints, Curves, Samples
 from tests.conftest import NUM_TRAIN
+from tests.faults import survive
 from tests.training import (
     MemoryLogger,
     Recorder,
@@ -102,3 +103,12 @@ def test_resuming_is_going_on(
             for tag in ("val/loss", "val/loss_ema"):
                 assert train.logger.scalars[tag] == {step: curves[tag][step] for step in validated}
             assert train.logger.scalars["train/loss"][12] == curves["train/loss"][12]
+
+
+def test_a_killed_run_goes_on_where_it_was(pictures: Path, tmp_path: Path) -> None:
+    """Killed in the write of a checkpoint, then in training."""
+    first, second = survive(tmp_path, pictures, num_kills=2, seed=0)
+    assert first.whole is not None
+    assert second.started_at is not None
+    assert 10 <= second.started_at <= first.whole
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["killed", "whole"]
