@@ -24,6 +24,7 @@ CONFIGS = {
     "twice.yaml": "trainer:\n  max_steps: 3\ndata: {}\ntrainer:\n  max_time: 00:01:00:00\n",
     "linked.yaml": "data:\n  seed: 3\n",
     "section.yaml": "ema:\n",
+    "list.yaml": "ema: []\n",
     "null.yaml": "data:\n  batch_size: null\n",
     "endless.yaml": "data: &data\n  source: *data\n",
     "laughs.yaml": "a: &a [1, 1, 1, 1]\n"
@@ -143,6 +144,7 @@ def test_unknown_names(here: Path, line: str, told: str) -> None:
         ("--config twice.yaml", "twice.yaml: trainer is given twice (lines 1 and 4)"),
         ("--config linked.yaml", "linked.yaml: data.seed: give seed_everything, which sets it"),
         ("--config section.yaml", "section.yaml: ema: holds no options; leave it out"),
+        ("--config list.yaml", "list.yaml: ema: holds no options; leave it out"),
         ("--config null.yaml", "data.batch_size: expected int, got None"),
         ("--config endless.yaml", "endless.yaml: not options: nested too deeply"),
         ("--config laughs.yaml", "laughs.yaml: not options: nested too deeply"),

@@ -73,7 +73,7 @@ class LineErrors(ArgumentParser):
                     key, source = action.target[0], action.source[0][0]
                     self.error(f'Linked "{key}" must be given via "{source}"')
             for section in self.groups or ():
-                if section in nodes and nodes[section].tag == "tag:yaml.org,2002:null":
+                if section in nodes and not isinstance(nodes[section], yaml.MappingNode):
                     self.error(f"{section}: holds no options; leave it out")
             return super().parse_string(content, *args, **kwargs)
         except ValueError as error:  # numbers of more digits than Python reads
@@ -81,7 +81,12 @@ class LineErrors(ArgumentParser):
 
     def validate(self, namespace: Any, skip_unset: bool = True, **kwargs: Any) -> None:
         """Check the values' types, of null too, which would else pass for any type."""
-        super().validate(namespace, skip_unset=False, **kwargs)
+        given = namespace.clone()
+        for action in self._actions:
+            # of several words, not given: the parser would look for the words
+            if action.nargs and given.get(action.dest, ()) is None:
+                del given[action.dest]
+        super().validate(given, skip_unset=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with status 2."""

@@ -17,6 +17,7 @@ from ddpm_lightning.checkpoints import load_checkpoint, seal
 from ddpm_lightning.errors import InputError
 from tests.extractors import Small
 from tests.properties.cases import Cases
+from tests.properties.damage import damages
 from tests.properties.sandbox import Sandbox, sandbox
 from tests.training import assert_same, load
 
@@ -115,27 +116,6 @@ def foreign_files() -> list[bytes]:
         zipped(data_pkl=b"\x80\x02" + b"(" * 10**6, version=b"3\n"),
         zipped(data_pkl=bytes(2**28), version=b"3\n"),
     ]
-
-
-@st.composite
-def damages(draw: st.DrawFn, data: bytes) -> bytes:
-    """A checkpoint file that was cut or changed somewhere."""
-    place = draw(st.integers(0, len(data) - 1) | st.integers(1, 9000).map(lambda i: len(data) - i))
-    change = draw(st.sampled_from(["cut", "flip", "flip", "bit", "bit", "zeros", "insert", "more"]))
-    if change == "cut":
-        return data[:place]
-    if change == "flip":
-        return data[:place] + bytes([data[place] ^ draw(st.integers(1, 255))]) + data[place + 1 :]
-    if change == "bit":
-        return (
-            data[:place] + bytes([data[place] ^ (1 << draw(st.integers(0, 7)))]) + data[place + 1 :]
-        )
-    if change == "zeros":
-        length = min(draw(st.integers(1, 5000)), len(data) - place)
-        return data[:place] + bytes(length) + data[place + length :]
-    if change == "insert":
-        return data[:place] + draw(st.binary(min_size=1, max_size=9)) + data[place:]
-    return data + draw(st.binary(min_size=1, max_size=2000))
 
 
 def test_damaged_files(cases: Cases, pictures: Path, run: Path) -> None:
