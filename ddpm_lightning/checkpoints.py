@@ -9,6 +9,7 @@ It loads with `weights_only=True`: nothing in the file is executed.
 import hashlib
 import importlib
 import inspect
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -107,7 +108,9 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of layouts that no checkpoint of ours has
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # the unpickler stumbles over a foreign file in any way it likes
         raise InputError(
             f"{path}: not a whole checkpoint file; use another one, such as the newest step=N.ckpt "
@@ -127,6 +130,8 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     for key, kind in _HELD.items():
         if not isinstance(checkpoint.get(key, kind()), kind):
             raise InputError(f"{path}: the checkpoint's {key} is no {kind.__name__}")
+    if not _is_plain(checkpoint["hyper_parameters"]):
+        raise InputError(f"{path}: the checkpoint's hyper_parameters are more than plain values")
     # version 1 has no digest
     is_sealed = version > 1 or "content_sha256" in checkpoint
     if is_sealed and not _is_as_sealed(checkpoint):

@@ -94,7 +94,7 @@ class Disturbed:
                 process.kill()
             output = process.communicate(timeout=60)[0]
             assert process.returncode == -signal.SIGKILL, output
-            yield self._seen(number + 1, aim)
+            yield self._seen(process, number + 1, aim)
 
     def _wait(self, process: Process, aim: str, step: int, delay: float) -> None:
         """Return at the moment to kill."""
@@ -108,14 +108,15 @@ class Disturbed:
             if is_there and aim == "a step":
                 time.sleep(0.05 * delay)
                 return
-            if is_there and self._parts():
-                time.sleep(0.01 * delay)
+            sizes = [size for _, size in self._parts(process)] if is_there else []
+            # as soon as there is a file, or some of its bytes
+            if sizes and (delay < 0.5 or max(sizes) > 0):
                 return
             time.sleep(0.0002 if is_there else 0.005)
 
-    def _seen(self, number: int, aim: str) -> Kill:
+    def _seen(self, process: Process, number: int, aim: str) -> Kill:
         started_at, step = self._steps()
-        parts = self._parts()
+        parts = self._parts(process)
         where = "in training" if step is not None else "in its start"
         if parts:
             name, size = parts[0]
@@ -131,12 +132,12 @@ class Disturbed:
             return None, None
         return first, now
 
-    def _parts(self) -> list[tuple[str, int]]:
-        """Checkpoints that are being written, and how much of them there is."""
+    def _parts(self, process: Process) -> list[tuple[str, int]]:
+        """Checkpoints that a process is writing, and how much of them there is."""
         if not self._checkpoints.is_dir():
             return []
         with os.scandir(self._checkpoints) as entries:
-            names = [entry.name for entry in entries if ".part" in entry.name]
+            names = [entry.name for entry in entries if entry.name.endswith(f".part{process.pid}")]
         found = []
         for name in names:
             try:
