@@ -23,7 +23,7 @@ class Likelihood(Callback):
             network as there are timesteps; 0 for none.
     """
 
-    def __init__(self, num_images: int = 128) -> None:
+    def __init__(self, num_images: int = 32) -> None:
         if num_images < 0:
             raise InputError(f"--likelihood.num_images {num_images}: must be at least 0")
         self.num_images = num_images

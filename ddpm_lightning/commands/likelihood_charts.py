@@ -28,7 +28,7 @@ def draw(path: Path, rate: Tensor, rmse: Tensor, record: Record) -> None:
     ]
     style = "-" if len(steps) > 50 else "o-"
     for axes, (x_name, y_name, xs, ys) in zip(figure.subplots(1, 3), panels, strict=True):
-        axes.plot(xs, ys, style, markersize=3)
+        axes.plot(xs, ys, style, markersize=3, linewidth=1.2)
         axes.set_xlabel(x_name)
         axes.set_ylabel(y_name)
         axes.set_xlim(left=0)
@@ -40,8 +40,9 @@ def draw(path: Path, rate: Tensor, rmse: Tensor, record: Record) -> None:
 
 def _title(record: Record) -> str:
     subject, metrics = record["subject"], record["metrics"]
+    spread = f" ± {metrics['standard_error']:.2g}" if "standard_error" in metrics else ""
     return (
         f"{Path(subject['path']).stem}, {subject['weights']} weights: {record['num_images']:,} "
         f"{subject['split']} images of {Path(subject['source']).name}, "
-        f"{metrics['bits_per_dim']:.3f} bits/dim"
+        f"{metrics['bits_per_dim']:.3f}{spread} bits/dim"
     )
