@@ -102,7 +102,8 @@ def likelihood(
     if is_rank_zero():
         claim_folder(folder, settings, "holds a likelihood")
     if (folder / "record.json").exists():
-        announce(_summary(read_record(folder / "record.json"), folder))
+        if is_rank_zero():
+            announce(_summary(read_record(folder / "record.json"), folder))
         return
     model = DDPM.from_checkpoint(found.path, weights)
     task = BoundTask(model, process, images, count, batch_size, seed, folder / "parts")
