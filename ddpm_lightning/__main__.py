@@ -15,6 +15,8 @@ COMMANDS = {
     "test": ("ddpm_lightning.cli:main", "the same on the test split"),
     "sample": ("ddpm_lightning.commands.sample:main", "turn noise into PNGs with a checkpoint"),
     "fid": ("ddpm_lightning.commands.fid:main", "judge checkpoints or images: FID, KID, IS, P&R"),
+    "compress": ("ddpm_lightning.commands.compress:main", "an image to few bits with a checkpoint"),
+    "decompress": ("ddpm_lightning.commands.decompress:main", "and back, or any beginning of them"),
 }
 
 HELP = """usage: python -m ddpm_lightning COMMAND [OPTIONS]
