@@ -24,7 +24,7 @@ from ddpm_lightning.coding.channel import (
     mix,
     unmix,
 )
-from ddpm_lightning.coding.entropy import Symbols, SymbolReader, SymbolWriter
+from ddpm_lightning.coding.entropy import SymbolReader, SymbolWriter
 
 # What each level foresees for the whole picture, in bits. Below a block's worth coarse steps will
 # do; above, steps of a factor sqrt(2) in the number of blocks.
@@ -53,7 +53,7 @@ def _lay_out(level: int, dim: int) -> _Layout:
 
 
 def _level_probabilities(previous: int) -> NDArray[np.float64]:
-    """Give P(level | the one before), [1, levels]: that it stays is likely, and leaps can be had."""
+    """Give P(level | the one before), [1, levels]: staying is likely, and leaps can be had."""
     weights = (1.0 + np.abs(_LEVELS - previous)) ** -2.0
     return np.asarray((weights / weights.sum())[None])
 

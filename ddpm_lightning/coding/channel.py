@@ -119,7 +119,7 @@ def _batches(key: int, dim: int, num_candidates: int) -> Iterator[Vector]:
 
 def _batch(key: int, dim: int, batch: int) -> Vector:
     noise = NoiseStreams([derive(key, batch)], torch.device("cpu")).normal((_ROWS, dim))
-    return noise[0].double().numpy()
+    return np.asarray(noise[0].double().numpy())
 
 
 def _signs(length: int, key: int) -> Vector:

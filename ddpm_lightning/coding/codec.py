@@ -37,8 +37,8 @@ Network = Callable[[Tensor, Tensor], Tensor]
 # Where x_t tells almost nothing of x_0, steps bring little: each of them costs a bit or two more
 # than its KL.
 _LEAST_LOG_SNR = -5.0
-# And where it tells x_0 to within a few grey levels, what is left is pixel by pixel noise, which the
-# entropy coder sends for nothing more than it is worth, while a block costs a third more.
+# And where it tells x_0 to within a few grey levels, what is left is about the noise of each pixel,
+# which the entropy coder sends for what it is worth, while a block costs a third more.
 _MOST_LOG_SNR = 5.0
 
 # The final Gaussian's width: the process's own times 2^(k/2), k from -8. The network may be surer
@@ -68,8 +68,8 @@ def space_by_noise(process: Process, num_steps: int) -> Tensor:
     """Choose timesteps at even distances of log SNR, where the bits are.
 
     A step from t to s takes about (SNR(s) / SNR(t) - 1) / 2 nats for each dimension whose noise
-    cannot be predicted, so that steps of one ratio take the fewest bits. The first timestep is where
-    log SNR has fallen to 5, the last one T - 1.
+    cannot be predicted, so that steps of one ratio take the fewest bits. The first timestep is
+    where log SNR has fallen to 5, the last one T - 1.
 
     Args:
         process: The process on all its timesteps.
@@ -182,8 +182,6 @@ def decode(
     image = to_uint8(pred_x_0)[0]
     if num_steps < process.num_timesteps:
         return Decoded(image, num_steps, False)
-    b = reader.take(np.array([32], dtype=np.int32))
-    p = _Gaussian(p.mean, p.std * 2 ** ((int(b[0]) - 16) / 4))
     width = reader.take(_WIDTH_SIZES)
     if not len(width):
         return Decoded(image, num_steps, False)

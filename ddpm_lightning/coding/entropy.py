@@ -52,7 +52,7 @@ class SymbolWriter:
 
     def to_bytes(self) -> bytes:
         """Give the shortest stream in which all symbols are certain."""
-        data = self._encoder.get_compressed().astype(_WORD).tobytes()
+        data: bytes = self._encoder.get_compressed().astype(_WORD).tobytes()
         # The coder ends on whole words, at a point somewhere within the last symbol's range: a
         # shorter number in there is that point's first digits, or the next number of as many.
         for length in range(max(0, len(data) - _PADDING), len(data)):

@@ -1,4 +1,4 @@
-"""What `compress` and `decompress` share: the model, and the conditions of computing twice alike."""
+"""What `compress` and `decompress` share: the model, and computing the same twice."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
