@@ -109,7 +109,8 @@ def choose(target: Target, key: int) -> int:
 def candidate(index: int, dim: int, key: int) -> Vector:
     """Give one candidate, float64 [dim]: what the receiver does with its number."""
     batch, row = divmod(index, _ROWS)
-    return _batch(key, dim, batch)[row]
+    chosen: Vector = _batch(key, dim, batch)[row]
+    return chosen
 
 
 def _batches(key: int, dim: int, num_candidates: int) -> Iterator[Vector]:
