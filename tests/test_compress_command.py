@@ -93,8 +93,8 @@ def test_beginnings_decode_by_option_and_by_cutting(folder: Path) -> None:
         np.testing.assert_array_equal(pixels(folder / "cut.png"), pixels(folder / "option.png"))
         (folder / "cut.png").unlink()
         (folder / "option.png").unlink()
-    options = ("--bytes", cuts[1], "--finish", "--out", "finished.png")
-    finished = run_here(folder, "decompress", "file.ddpm", "last.ckpt", *options)
+    finish = ("--bytes", cuts[1], "--finish", "--out", "finished.png")
+    finished = run_here(folder, "decompress", "file.ddpm", "last.ckpt", *finish)
     assert ": cut, finished by sampling\n" in finished.out
     assert pixels(folder / "finished.png").shape == (8, 8)
 
@@ -124,6 +124,18 @@ def test_another_machine_is_warned_of_and_a_wrong_picture_refused(folder: Path) 
     result = run_here(folder, "decompress", name, "last.ckpt")
     refused(result, f"{name}: other pixels come out than went in", "decompress it there")
     assert not (folder / "wrong.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [("compress", "IMAGE CHECKPOINT [options]"), ("decompress", "FILE CHECKPOINT [options]")],
+)
+def test_help_says_what_it_cannot_do(folder: Path, command: str, usage: str) -> None:
+    result = run_here(folder, command, "--help")
+    assert result.status == 0
+    assert result.out.startswith(f"usage: python -m ddpm_lightning {command} {usage}\n\n")
+    assert "promised on the" in " ".join(result.out.split())
+    assert "same PyTorch" in " ".join(result.out.split())
 
 
 def test_bad_input_is_refused_by_name(folder: Path) -> None:
