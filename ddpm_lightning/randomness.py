@@ -26,6 +26,7 @@ class Stream(IntEnum):
     TIMESTEP = 3
     NOISE = 4
     DROPOUT = 5
+    STRATUM = 6
     CODEC = 16  # compressed files depend on this number
 
 
