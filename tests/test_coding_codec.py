@@ -2,22 +2,25 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
+from scipy.stats import kstest, norm
 from torch import Tensor
 
 from ddpm_lightning.coding import bitstream, codec
-from ddpm_lightning.coding.bitstream import NUM_HEADER_BYTES, Header
+from ddpm_lightning.coding.bitstream import NUM_HEADER_BYTES
 from ddpm_lightning.coding.codec import decode, encode, space_by_noise
-from ddpm_lightning.diffusion.process import Process, Variance
+from ddpm_lightning.diffusion.process import LEARNED_VARIANCES, Prediction, Process, Variance
 from ddpm_lightning.diffusion.schedules import make_betas
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import to_float
-from tests.training import tiny_module
+from ddpm_lightning.networks import UNet
+from tests.test_coding_bitstream import header
+from tests.training import redraw, tiny_module
 
 Net = Callable[[Tensor, Tensor], Tensor]
 
@@ -119,25 +122,49 @@ def test_all_levels_are_lossless() -> None:
     assert torch.equal(decode(net, process, data, 0, (1, 16, 16)).image, image)
 
 
-def test_a_network_s_stream_and_one_timestep_are_lossless() -> None:
-    module = tiny_module(schedule="linear").eval()
-    for num_steps in (1, 3):
-        process = module.process.respace(space_by_noise(module.process, num_steps))
-        with torch.inference_mode():
-            data, _ = encode(module, process, picture(), 0)
-            decoded = decode(module, process, data, 0, SHAPE)
-        assert decoded.is_whole
-        assert torch.equal(decoded.image, picture())
+@pytest.mark.parametrize(
+    ("prediction", "variance", "is_pure_noise", "num_steps"),
+    [
+        ("noise", "fixed_small", False, 3),
+        ("x_0", "learned", True, 3),
+        ("mu", "learned_range", False, 2),
+        ("v", "fixed_large", True, 1),
+    ],
+)
+def test_models_of_all_kinds_are_lossless(
+    prediction: Prediction, variance: Variance, is_pure_noise: bool, num_steps: int
+) -> None:
+    """With networks; what tells a learned variance is not looked at."""
+    is_learned = variance in LEARNED_VARIANCES
+    module = tiny_module(
+        redraw(UNet(1, 2 if is_learned else 1, 32, (1,), 1, ())),
+        prediction=prediction,
+        variance=variance,
+        zero_terminal_snr=is_pure_noise,
+        loss="hybrid" if is_learned else "simple",
+    ).eval()
+    image, timesteps = picture((1, 4, 4)), space_by_noise(module.process, num_steps)
+    process = module.process.respace(timesteps)
+    fixed = Process(module.process.betas, prediction=prediction).respace(timesteps)
+    with torch.inference_mode():
+        data, _ = encode(module, process, image, 0)
+        decoded = decode(lambda x_t, t: module(x_t, t)[:, :1], fixed, data, 0, (1, 4, 4))
+    assert decoded.is_whole
+    assert torch.equal(decoded.image, image)
 
 
 def test_every_beginning_decodes_and_longer_ones_to_more() -> None:
     process, image = respaced(), picture()
     net = nearly(process, image, 0.1)
     data, history = encode(net, process, image, 0)
+    content = bitstream.pack(header(len(data)), data)
     assert len(history) == process.num_timesteps + 1
     errors, counts = [], []
-    for cut in range(len(data) + 1):
-        decoded = decode(net, process, data[:cut], 0, SHAPE)
+    for length in range(NUM_HEADER_BYTES, len(content) + 1):  # of the file
+        _, part = bitstream.unpack(content[:length], "file")
+        cut = len(part)
+        assert part == data[:cut]
+        decoded = decode(net, process, part, 0, SHAPE)
         assert decoded.image.shape == SHAPE
         assert decoded.image.dtype == torch.uint8
         assert decoded.is_whole == (cut == len(data))
@@ -176,6 +203,44 @@ def test_a_cut_stream_can_be_finished_by_sampling() -> None:
     assert torch.equal(whole.image, image)
 
 
+# --- the chain ---------------------------------------------------------------------------------
+
+
+def test_the_receiver_s_chain_is_that_of_q() -> None:
+    """Each x_t follows q given the one before and x_0, as Kolmogorov and Smirnov see it."""
+    process, image = respaced(4), picture()
+    x_0 = to_float(image[None], torch.float64)
+    net = nearly(process, image, 0.3)
+    by_q: list[Tensor] = []
+    by_p: list[Tensor] = []
+    for seed in range(16):
+        data, _ = encode(net, process, image, seed)
+        chain: list[Tensor] = []
+
+        def watched(x_t: Tensor, t: Tensor, chain: list[Tensor] = chain) -> Tensor:
+            chain.append(x_t)
+            return net(x_t, t)
+
+        assert decode(watched, process, data, seed, SHAPE).is_whole
+        alpha_cumprod = process.alphas_cumprod[-1]
+        by_q.append((chain[0] - alpha_cumprod.sqrt() * x_0) / (1 - alpha_cumprod).sqrt())
+        for index, (x_t, x_prev) in zip((3, 2, 1), pairwise(chain), strict=True):
+            for mean_of, whitened in ((x_0, by_q), (0.7 * x_0, by_p)):
+                mean, log_variance = process.posterior(mean_of, x_t, torch.tensor([index]))
+                whitened.append((x_prev - mean) / (0.5 * log_variance).exp())
+    steps = torch.cat(by_q).reshape(16, 4, -1).transpose(0, 1).flatten(1)
+    for values in steps:  # 1,024 of each step
+        assert abs(values.mean()) < 4 / 32
+        assert abs(values.std() - 1) < 3 / 32
+        assert kstest(values.numpy(), "norm").pvalue > 0.01
+    # one step tells nothing of the next
+    others = steps.corrcoef() - torch.eye(4)
+    assert others.abs().max() < 4 / 32
+    # which is no feature of the test: p, which the receiver knew, is told from q at the last step
+    last = torch.cat(by_p).reshape(16, 3, -1)[:, -1].flatten()
+    assert kstest(last.numpy(), "norm").pvalue < 1e-6
+
+
 # --- rates ---------------------------------------------------------------------------------------
 
 
@@ -210,7 +275,7 @@ def test_the_measured_rate_is_near_the_theoretical() -> None:
 
 def test_pixels_have_the_paper_s_probabilities() -> None:
     mean = torch.tensor([[[[-1.0, 0.1, 1.3]]]], dtype=torch.float64)
-    probabilities = codec._level_probabilities(codec._Gaussian(mean, 0.02), width=2.0)
+    probabilities = codec._pixel_probabilities(codec._Gaussian(mean, 0.02), width=2.0)
     assert probabilities.shape == (3, 256)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-12)
     half = 1 / 255
@@ -246,46 +311,3 @@ def test_weights_that_diverged_are_refused() -> None:
     process = respaced(2)
     with pytest.raises(InputError, match="a prediction is not finite"):
         encode(lambda x_t, t: x_t * math.nan, process, picture(), 0)
-
-
-# --- the file ------------------------------------------------------------------------------------
-
-
-def header(num_bytes: int) -> Header:
-    return Header(b"12345678", True, 3, 32, 40, 20, 2**32 - 1, 7, 9, num_bytes)
-
-
-@pytest.mark.parametrize("num_bytes", [0, 1, 63, 64, 65, 200])
-def test_every_cut_of_a_file_is_read_or_refused(num_bytes: int) -> None:
-    data = np.random.default_rng(num_bytes).bytes(num_bytes)
-    content = bitstream.pack(header(num_bytes), data)
-    assert bitstream.unpack(content, "file") == (header(num_bytes), data)
-    for cut in range(len(content)):
-        if cut < NUM_HEADER_BYTES:
-            with pytest.raises(InputError, match="not a file that|cut inside its header"):
-                bitstream.unpack(content[:cut], "file")
-        else:
-            there, part = bitstream.unpack(content[:cut], "file")
-            assert there == header(num_bytes)
-            assert data.startswith(part)
-            assert len(part) >= (cut - NUM_HEADER_BYTES) * 64 // 66 - 2
-    with pytest.raises(
-        InputError, match=f"file: damaged: bytes follow its end at byte {len(content)}"
-    ):
-        bitstream.unpack(content + b"x", "file")
-
-
-def test_every_changed_byte_of_a_file_is_seen() -> None:
-    data = np.random.default_rng(0).bytes(150)
-    content = bitstream.pack(header(len(data)), data)
-    for position in range(len(content)):
-        for change in (1, 0x80, 0xFF):
-            changed = bytearray(content)
-            changed[position] ^= change
-            with pytest.raises(InputError) as error:
-                bitstream.unpack(bytes(changed), "file")
-            assert str(error.value).startswith("file: ")
-            # a file that is cut later, too
-            if NUM_HEADER_BYTES <= position < NUM_HEADER_BYTES + 66:
-                with pytest.raises(InputError, match="file: damaged near byte"):
-                    bitstream.unpack(bytes(changed[: NUM_HEADER_BYTES + 70]), "file")

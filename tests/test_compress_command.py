@@ -74,7 +74,12 @@ def test_the_table_and_the_csv(folder: Path) -> None:
     assert [line.split()[0] for line in out[1:5]] == [*(row[0] for row in rows[1:4]), "x_0"]
     assert float(out[4].split()[1]) == pytest.approx(float(rows[-1][1]), abs=5e-4)
     size = (folder / "file.ddpm").stat().st_size
-    assert out[5].startswith(f"{size} bytes: header {NUM_HEADER_BYTES}, stream {len(data)}, ")
+    sums = size - NUM_HEADER_BYTES - len(data)
+    assert out[5].startswith(
+        f"the file: {size} bytes, {8 * size / 64:.3f} bits/dim: header {NUM_HEADER_BYTES}, stream "
+        f"{len(data)}, checksums {sums}; as PNG: "
+    )
+    assert sums == 2 * -(-len(data) // 64)
     assert out[6:] == ["compressed: file.ddpm", "rates: file.csv"]
 
 
@@ -99,13 +104,14 @@ def test_beginnings_decode_by_option_and_by_cutting(folder: Path) -> None:
     assert pixels(folder / "finished.png").shape == (8, 8)
 
 
-def test_raw_weights_go_into_the_file(folder: Path) -> None:
-    options = ("--num_steps", STEPS, "--weights", "raw", "--out", "raw.ddpm")
+def test_raw_weights_go_into_the_file_and_folders_are_made(folder: Path) -> None:
+    options = ("--num_steps", STEPS, "--weights", "raw", "--out", "a/b/raw.ddpm")
     assert run_here(folder, "compress", "grey.png", "last.ckpt", *options).status == 0
-    assert unpack((folder / "raw.ddpm").read_bytes(), "raw")[0].is_raw
-    result = run_here(folder, "decompress", "raw.ddpm", "last.ckpt")
+    assert unpack((folder / "a/b/raw.ddpm").read_bytes(), "raw")[0].is_raw
+    away = ("a/b/raw.ddpm", "last.ckpt", "--out", "a/c/raw.png")
+    result = run_here(folder, "decompress", *away)
     assert ": lossless\n" in result.out
-    np.testing.assert_array_equal(pixels(folder / "raw.png"), pixels(folder / "grey.png"))
+    np.testing.assert_array_equal(pixels(folder / "a/c/raw.png"), pixels(folder / "grey.png"))
 
 
 def rewritten(folder: Path, name: str, **fields: int) -> str:
@@ -181,7 +187,6 @@ def test_bad_input_is_refused_by_name(folder: Path) -> None:
     refused(decompress(*away[:3], "grey.png"), "--out grey.png: exists, and nothing is overwritten")
 
     refused(compress("grey.png", "last.ckpt", "--out", "file.ddpm"), "--out file.ddpm: exists")
-    refused(compress("grey.png", "last.ckpt", "--out", "no/x"), "--out no/x: no folder no")
     refused(compress("missing.png", "last.ckpt"), "missing.png: not an image that can be read")
     refused(compress("text.png", "last.ckpt"), "text.png: not an image that can be read")
     refused(compress("narrow.png", "last.ckpt"), "narrow.png: 1x8x6 (channels, height, width)")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ddpm_lightning.diffusion.likelihood import normal_kl
 from ddpm_lightning.randomness import NoiseStreams, Stream, hash_indices
 
 Vector = NDArray[np.float64]
@@ -38,8 +39,9 @@ class Target(NamedTuple):
 
     def bits(self) -> float:
         """KL(q || p) in bits."""
-        spread = 0.5 * (self.scale**2 - 1) - math.log(self.scale)
-        return float(0.5 * self.shift @ self.shift + len(self.shift) * spread) / math.log(2)
+        zero = torch.zeros((), dtype=torch.float64)
+        kl = normal_kl(torch.from_numpy(self.shift), zero + 2 * math.log(self.scale), zero, zero)
+        return float(kl.sum()) / math.log(2)
 
 
 def derive(key: int, index: int) -> int:

@@ -9,10 +9,11 @@ more than its KL.
 Both run the same chain on the same numbers, one picture at a time, so that what one computes the
 other computes to the last bit.
 
-p has the posterior's variance, whatever the model samples with: q then differs from p in its mean
-only, and no bits pay for unequal variances (0.49 bits/dim with `fixed_large` in 1000 steps, and
-more in fewer). x_T is sent like every other step, its p being N(0, I): under a schedule that ends
-in pure noise that takes next to no bits, and under any other it is still right.
+p has the posterior's variance, whatever the model samples with, be it learned: q then differs from
+p in its mean only, and no bits pay for unequal variances (0.49 bits/dim with `fixed_large` in 1000
+steps, and more in fewer). The network is asked for nothing but the predicted x_0. x_T is sent like
+every other step, its p being N(0, I): under a schedule that ends in pure noise that takes next to
+no bits, and under any other it is still right.
 """
 
 import math
@@ -27,6 +28,7 @@ from torch import Tensor
 from ddpm_lightning.coding.blocks import BlockReader, BlockWriter
 from ddpm_lightning.coding.channel import Target, Vector
 from ddpm_lightning.coding.entropy import LEAST_PROBABILITY, SymbolReader, Symbols, SymbolWriter
+from ddpm_lightning.diffusion.clipping import clip_x_0
 from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import to_float, to_uint8
@@ -129,7 +131,7 @@ def encode(
         p, q = (_previous(process, x, x_t, index) for x in (pred_x_0, x_0))
 
     levels = image.flatten().numpy().astype(np.int32)
-    candidates = [_level_probabilities(p, width) for width in _WIDTHS]
+    candidates = [_pixel_probabilities(p, width) for width in _WIDTHS]
     costs = [_information(levels, probabilities) for probabilities in candidates]
     best = int(np.argmin(costs))
     writer.put_uniform(np.array([best], dtype=np.int32), _WIDTH_SIZES)
@@ -185,7 +187,7 @@ def decode(
     width = reader.take(_WIDTH_SIZES)
     if not len(width):
         return Decoded(image, num_steps, False)
-    levels = reader.take(_level_probabilities(p, _WIDTHS[width[0]]))
+    levels = reader.take(_pixel_probabilities(p, _WIDTHS[width[0]]))
     # The pixels that arrived are exact; the others stay as predicted.
     image.view(-1)[: len(levels)] = torch.from_numpy(levels.astype(np.uint8))
     return Decoded(image, num_steps, len(levels) == num_dims)
@@ -221,10 +223,10 @@ def _predict(net: Network, process: Process, x_t: Tensor, index: int) -> Tensor:
         raise InputError(
             "a prediction is not finite: the weights have diverged; take an earlier checkpoint"
         )
-    return pred_x_0.clamp(-1, 1)
+    return clip_x_0(pred_x_0, "static")
 
 
-def _level_probabilities(p: _Gaussian, width: float) -> NDArray[np.float64]:
+def _pixel_probabilities(p: _Gaussian, width: float) -> NDArray[np.float64]:
     """Give each pixel's probability of each grey level, [D, 256] (Ho et al. 2020, Eq. 13)."""
     levels = to_float(torch.arange(256, dtype=torch.uint8), torch.float64)
     # A level's bin reaches half way to its neighbours, and those at the ends to infinity.

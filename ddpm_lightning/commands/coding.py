@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,6 @@ import torch
 from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.coding.codec import space_by_noise
 from ddpm_lightning.diffusion.process import Process
-from ddpm_lightning.errors import InputError
 from ddpm_lightning.module import DDPM
 
 NUM_CHECKPOINT_BYTES = 8  # of the SHA-256, by which a file knows its checkpoint
@@ -26,25 +24,14 @@ class Model(NamedTuple):
 def load_model(checkpoint: str, weights: Weights, num_steps: int) -> Model:
     """Load a checkpoint, on the CPU.
 
+    A codec's `Network` takes x_t and t alone: a model that is told more, say a class, is given that
+    here, by both commands alike, and what it is told belongs in the file's header.
+
     Raises:
         InputError: It is none, or has fewer timesteps.
     """
     net = DDPM.from_checkpoint(checkpoint, weights)
     return Model(net, net.process.respace(space_by_noise(net.process, num_steps)))
-
-
-def new_file(path: str | Path) -> Path:
-    """Check that a file can be written where there is none.
-
-    Raises:
-        InputError: There is something, or no folder.
-    """
-    path = Path(path)
-    if path.exists():
-        raise InputError(f"--out {path}: exists, and nothing is overwritten; choose another")
-    if not path.parent.is_dir():
-        raise InputError(f"--out {path}: no folder {path.parent}")
-    return path
 
 
 @contextmanager

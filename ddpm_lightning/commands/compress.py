@@ -15,11 +15,10 @@ from ddpm_lightning.coding.codec import Progress, encode
 from ddpm_lightning.commands.coding import (
     NUM_CHECKPOINT_BYTES,
     load_model,
-    new_file,
     reproducibly,
 )
 from ddpm_lightning.commands.options import parse_options
-from ddpm_lightning.commands.shell import announce, run_command
+from ddpm_lightning.commands.shell import announce, new_file, run_command
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import decode, to_pil, write_atomically
 from ddpm_lightning.randomness import NUM_SEEDS
@@ -82,6 +81,7 @@ def compress(
         num_bytes=len(data),
     )
     content = pack(header, data)
+    target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, lambda file: file.write(content))
     if table is not None:
         text = _to_csv(history)
@@ -115,9 +115,13 @@ def _compare(pixels: Tensor, content: bytes, data: bytes) -> str:
     to_pil(pixels).save(png, "PNG", optimize=True)
     num_sums = len(content) - len(data) - NUM_HEADER_BYTES
     return (
-        f"{len(content)} bytes: header {NUM_HEADER_BYTES}, stream {len(data)}, checksums "
-        f"{num_sums}; as PNG {len(png.getvalue())}"
+        f"the file: {_size(content, pixels)}: header {NUM_HEADER_BYTES}, stream {len(data)}, "
+        f"checksums {num_sums}; as PNG: {_size(png.getvalue(), pixels)}"
     )
+
+
+def _size(content: bytes, pixels: Tensor) -> str:
+    return f"{len(content)} bytes, {8 * len(content) / pixels.numel():.3f} bits/dim"
 
 
 def _to_csv(history: Sequence[Progress]) -> str:

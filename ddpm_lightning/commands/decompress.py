@@ -9,11 +9,10 @@ from ddpm_lightning.coding.codec import decode
 from ddpm_lightning.commands.coding import (
     NUM_CHECKPOINT_BYTES,
     load_model,
-    new_file,
     reproducibly,
 )
 from ddpm_lightning.commands.options import parse_options
-from ddpm_lightning.commands.shell import announce, run_command
+from ddpm_lightning.commands.shell import announce, new_file, run_command
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import write_png
 
@@ -59,6 +58,7 @@ def decompress(
             f"{file}: other pixels come out than went in: this machine computes otherwise than the "
             "one that compressed it; decompress it there"
         )
+    target.parent.mkdir(parents=True, exist_ok=True)
     write_png(target, image)
     announce(
         f"bytes {len(content)}, steps {num_steps} of {header.num_steps}: "
