@@ -15,6 +15,22 @@ COMMANDS = {
     "test": ("ddpm_lightning.cli:main", "the same on the test split"),
     "sample": ("ddpm_lightning.commands.sample:main", "turn noise into PNGs with a checkpoint"),
     "fid": ("ddpm_lightning.commands.fid:main", "judge checkpoints or images: FID, KID, IS, P&R"),
+    "progressive": (
+        "ddpm_lightning.commands.progressive:main",
+        "draw how samples come about: x_0 as predicted along the chain",
+    ),
+    "shared-latents": (
+        "ddpm_lightning.commands.shared_latents:main",
+        "draw samples that share an x_t",
+    ),
+    "interpolate": (
+        "ddpm_lightning.commands.interpolate:main",
+        "draw interpolations between two images",
+    ),
+    "neighbours": (
+        "ddpm_lightning.commands.neighbours:main",
+        "draw samples beside the nearest training images",
+    ),
 }
 
 HELP = """usage: python -m ddpm_lightning COMMAND [OPTIONS]

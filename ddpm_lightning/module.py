@@ -22,7 +22,7 @@ from ddpm_lightning.diffusion.timesteps import draw_timesteps
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import to_float, to_uint8
 from ddpm_lightning.randomness import NUM_SEEDS, NoiseStreams, Stream, hash_indices, to_device
-from ddpm_lightning.samplers import Sampler, SamplerName, Step, make_sampler
+from ddpm_lightning.samplers import Sampler, SamplerName, Start, Step, make_sampler
 
 VALIDATION_SEED = 20200619
 """Keys validation's t and noise: the same in every run, so that curves can be compared."""
@@ -170,10 +170,18 @@ class DDPM(LightningModule):
             yield finished_images(last)
 
     @torch.no_grad()
-    def denoise(self, seeds: Sequence[int], sampler: Sampler) -> Iterator[Step]:
+    def denoise(
+        self, seeds: Sequence[int], sampler: Sampler, start: Start | None = None
+    ) -> Iterator[Step]:
         """Run one batch of seeds through the reverse process, yielding every step of the chain.
 
         The network is in eval mode meanwhile. No global random state is read or changed.
+
+        Args:
+            seeds: One per image.
+            sampler: The sampler.
+            start: Where in the middle of the chain to start: the seeds give the noise of the steps
+                that are left. None starts from x_T, which is then the seeds' first draw.
         """
         if self.image_shape is None:
             raise InputError("image_shape is not known yet: give it to DDPM, or fit first")
@@ -181,15 +189,21 @@ class DDPM(LightningModule):
             raise InputError(f"seeds must lie in 0..{NUM_SEEDS - 1}")
         # On the CPU, so that a seed means the same picture on any kind of device.
         streams = NoiseStreams(seeds, torch.device("cpu"), self.device.type == "cuda")
-        shape = self.image_shape
+        shape, process = self.image_shape, self.process
+        given: list[Tensor] = []
+        if start is not None:
+            sampler, process = sampler.below(process, start.t)
+            given = [start.x_t.to(self.device, self._noising_dtype)]
 
         def draw() -> Tensor:
+            if given:  # a sampler's first draw is where its chain starts
+                return given.pop()
             return to_device(streams.normal(shape), self.device).to(self._noising_dtype)
 
         was_training = self.net.training
         self.net.eval()
         try:
-            yield from sampler(self, self.process, draw)
+            yield from sampler(self, process, draw)
         finally:
             self.net.train(was_training)
 

@@ -62,6 +62,28 @@ def choose_reference(
     """
     if reference is not None and reference.lower().endswith(".npz"):
         return _statistics(Path(reference).expanduser(), subjects[0], extractor, metrics)
+    data = open_reference(reference, subjects)
+    images = data.train_images
+    try:
+        check_metrics([metric for metric in metrics if metric != "is"], extractor, len(images))
+    except InputError as error:
+        raise InputError(f"the reference {data.source}: {error}") from error
+    return ReferenceChoice(
+        describe_reference(images, data.source, extractor),
+        lambda: reference_of(images, data.source, extractor, metrics, data.cache_dir, batch_size),
+    )
+
+
+def open_reference(reference: str | None, subjects: Sequence[Subject]) -> ImageDataModule:
+    """Open the images that subjects are compared with: its `train_images`.
+
+    Args:
+        reference: A data set as --data.source takes it; what the subjects' run trains on when None.
+        subjects: All of one shape.
+
+    Raises:
+        InputError: There are no such images, of another shape, or others than the run had.
+    """
     if reference is None:
         data = _training_data(subjects)
     else:
@@ -77,14 +99,7 @@ def choose_reference(
     check_shape(subjects[0].path, subjects[0].image_shape, data.source, images.image_shape)
     if reference is None:
         _check_unchanged(subjects, images)
-    try:
-        check_metrics([metric for metric in metrics if metric != "is"], extractor, len(images))
-    except InputError as error:
-        raise InputError(f"the reference {data.source}: {error}") from error
-    return ReferenceChoice(
-        describe_reference(images, data.source, extractor),
-        lambda: reference_of(images, data.source, extractor, metrics, data.cache_dir, batch_size),
-    )
+    return data
 
 
 def _statistics(

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ddpm_lightning.callbacks.progress import bar_options
 from ddpm_lightning.checkpoints import Weights, file_sha256, load_checkpoint
 from ddpm_lightning.commands.options import parse_options
+from ddpm_lightning.commands.settings import check_settings
 from ddpm_lightning.commands.shell import announce, run_command
 from ddpm_lightning.commands.trainer import make_trainer
 from ddpm_lightning.errors import InputError
@@ -207,8 +208,13 @@ class _Frames:
         self._index += 1
 
 
-def parse_seeds(seeds: str | None, num_images: int | None) -> list[int]:
+def parse_seeds(seeds: str | None, num_images: int | None, default: int = GRID_IMAGES) -> list[int]:
     """Read a list of seeds such as 0-63 or 3,7,100-120.
+
+    Args:
+        seeds: The list; 0, 1, ... when None.
+        num_images: How many those are.
+        default: How many, where neither is given.
 
     Raises:
         InputError: It is none, is empty, names a seed twice, or disagrees with num_images.
@@ -216,7 +222,7 @@ def parse_seeds(seeds: str | None, num_images: int | None) -> list[int]:
     if seeds is None:
         if num_images is not None and num_images < 1:
             raise InputError(f"--num_images must be at least 1, got {num_images}")
-        return list(range(num_images or GRID_IMAGES))
+        return list(range(num_images or default))
     result: list[int] = []
     for part in seeds.split(","):
         first, dash, last = part.strip().partition("-")
@@ -268,19 +274,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """
     record = folder / "settings.json"
     if record.exists():
-        try:
-            there = dict(json.loads(record.read_text()))
-        except ValueError as error:
-            raise InputError(f"{record}: cannot be read ({error}); choose another --out") from error
-        # the same file may be named in several ways
-        keys = [key for key in settings if key != "checkpoint"]
-        differing = [key for key in keys if there.get(key) != settings[key]]
-        if differing:
-            key = differing[0]
-            raise InputError(
-                f"--out {folder}: holds samples with {key} {there.get(key)}, not {settings[key]}; "
-                "choose another"
-            )
+        check_settings(record, settings, str(folder), "holds samples")
     elif folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder}: a file; choose a folder")
     elif folder.exists() and any(folder.iterdir()):

@@ -6,7 +6,7 @@ Each sampler is a frozen dataclass whose fields are its record, and whose call i
 from typing import Literal
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.samplers.base import Draw, Network, Sampler, Step
+from ddpm_lightning.samplers.base import Draw, Network, Sampler, Start, Step
 from ddpm_lightning.samplers.ddim import DDIMSampler
 from ddpm_lightning.samplers.ddpm import DDPMSampler
 
@@ -17,6 +17,7 @@ __all__ = [
     "Network",
     "Sampler",
     "SamplerName",
+    "Start",
     "Step",
     "make_sampler",
 ]

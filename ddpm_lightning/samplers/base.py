@@ -2,8 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ddpm_lightning.diffusion.process import Process
@@ -22,6 +24,13 @@ class Step(NamedTuple):
     t: int  # the timestep that the network was told
     x_prev: Tensor  # the less noisy images, float [N, C, H, W]; x_0 after the last step
     pred_x_0: Tensor  # the clean images predicted at this step, in [-1, 1]
+
+
+class Start(NamedTuple):
+    """Where a chain starts that does not start from pure noise."""
+
+    x_t: Tensor  # float [N, C, H, W]
+    t: int  # zero-based, in [0, T)
 
 
 class Sampler(ABC):
@@ -52,3 +61,22 @@ class Sampler(ABC):
         if num_steps == process.num_timesteps:
             return process
         return process.respace(space_timesteps(process.num_timesteps, num_steps))
+
+    def below(self, process: Process, t: int) -> tuple["Sampler", Process]:
+        """Give the part of the chain from x_t on: a sampler, and the process for it.
+
+        The part visits t, and those of this sampler's timesteps that are less noisy.
+
+        Args:
+            process: The process that the network was trained on.
+            t: Zero-based.
+
+        Raises:
+            InputError: t is outside the schedule.
+        """
+        visited = self.respace(process).timesteps
+        timesteps = torch.cat([visited[visited < t], visited.new_tensor([t])])
+        if len(timesteps) < process.num_timesteps:  # else nothing is left out
+            process = process.respace(timesteps)
+        part: Sampler = replace(self, num_steps=len(timesteps))  # type: ignore[type-var]
+        return part, process

@@ -1,0 +1,184 @@
+"""`neighbours`: samples beside the training images that are nearest to them."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpm_lightning.callbacks.progress import bar_options
+from ddpm_lightning.checkpoints import Weights
+from ddpm_lightning.commands.options import parse_options
+from ddpm_lightning.commands.pictures import (
+    PictureFile,
+    Subject,
+    follow,
+    open_subject,
+    progress,
+    split_batches,
+)
+from ddpm_lightning.commands.references import open_reference
+from ddpm_lightning.commands.sample import parse_seeds, seeds_to_text
+from ddpm_lightning.commands.shell import run_command
+from ddpm_lightning.data.batches import ImageSet
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.images import centre_crop
+from ddpm_lightning.labelled_grid import Group, labelled_grid
+from ddpm_lightning.metrics.features import Extractor, make_extractor
+from ddpm_lightning.metrics.neighbours import Neighbours, NeighbourSearch
+from ddpm_lightning.metrics.reference import describe_reference
+from ddpm_lightning.module import finished_images
+from ddpm_lightning.samplers import SamplerName, make_sampler
+
+NUM_IMAGES = 8
+
+
+def neighbours(
+    checkpoint: str,
+    num_images: int | None = None,
+    seeds: str | None = None,
+    num_neighbours: int = 4,
+    reference: str | None = None,
+    extractor: str = "efficientnet-lite0",
+    extractor_weights: str | None = None,
+    crop: int | None = None,
+    sampler: SamplerName = "ddpm",
+    num_steps: int | None = None,
+    eta: float | None = None,
+    weights: Weights = "ema",
+    out: str | None = None,
+    batch_size: int = 64,
+    accelerator: str = "auto",
+) -> None:
+    """Show samples beside the nearest training images (Ho et al. 2020, Figs. 12 and 15).
+
+    A row for each sample: it and the training images nearest to it by their pixels, then the same
+    in an extractor's features. All training images are looked at. Distances stand below: root
+    mean square differences in grey levels, and Euclidean ones of features.
+
+    Args:
+        checkpoint: A .ckpt file of a run.
+        num_images: Samples from seeds 0, 1, ...; 8 when neither this nor seeds is given.
+        seeds: The seeds instead, such as 0-7 or 3,7,100-120.
+        num_neighbours: Training images beside each sample.
+        reference: A data set as --data.source takes it, whose training images are searched, at the
+            model's size and channels; by default what the checkpoint's run trains on.
+        extractor: As `fid` has it: inception (the paper's), efficientnet-lite0, another of
+            torch-fidelity's, or the class path of a torch.nn.Module.
+        extractor_weights: Inception's weights file, where torch.hub's cache does not have it.
+        crop: Compare only so many pixels square at the centre; whole images when left out. The
+            paper takes 100 for faces of 256.
+        sampler: As `sample` has it.
+        num_steps: Network evaluations per image; ddpm takes all timesteps, ddim 50.
+        eta: Share of fresh noise for ddim, from 0 (deterministic, the default) to 1.
+        weights: The moving average, or the raw weights.
+        out: The picture, a .png; RUN/pictures/neighbours-step=N-WEIGHTS.png when left out. Its
+            record, a .json beside it, names the training images by their numbers.
+        batch_size: Images at a time.
+        accelerator: As Lightning's Trainer has it: auto, cpu, gpu, ...
+    """
+    wanted = parse_seeds(seeds, num_images, NUM_IMAGES)
+    split_batches(wanted, batch_size)
+    subject = open_subject(checkpoint, weights, make_sampler(sampler, num_steps, eta), accelerator)
+    size = min(subject.checkpoint.image_shape[1:])
+    if crop is not None and not 1 <= crop <= size:
+        raise InputError(f"--crop {crop}: must lie in 1..{size}, the images' size")
+    chosen = make_extractor(extractor, extractor_weights)
+    chosen.module.to(subject.model.device)
+    data = open_reference(reference, [subject.checkpoint])
+    images = data.train_images
+    if not 1 <= num_neighbours <= len(images):
+        raise InputError(
+            f"--num_neighbours {num_neighbours}: must lie in 1..{len(images)}, the images of "
+            f"{data.source}"
+        )
+    settings = {
+        "seeds": seeds_to_text(wanted),
+        "num_neighbours": num_neighbours,
+        **describe_reference(images, data.source, chosen),
+        "crop": crop,
+        "batch_size": batch_size,
+    }
+    picture = PictureFile("neighbours", out, subject, settings)
+    samples = draw_samples(subject, wanted, batch_size)
+    found = find_neighbours(samples, images, chosen, num_neighbours, crop, batch_size)
+    groups = [
+        _group(f"nearest by {space}", samples, images, nearest) for space, nearest in found.items()
+    ]
+    area = "" if crop is None else f", by {crop} x {crop} pixels at the centre"
+    title = f"The nearest of {len(images):,} images of {data.source}{area}\n{subject.title()}"
+    results = {
+        space: {"indices": nearest.indices.tolist(), "distances": nearest.distances.tolist()}
+        for space, nearest in found.items()
+    }
+    rows = [f"seed {seed}" for seed in wanted]
+    picture.write(labelled_grid(title, rows, groups), {"neighbours": results})
+
+
+def draw_samples(subject: Subject, seeds: list[int], batch_size: int) -> Tensor:
+    """Sample as `sample` does, with a bar: uint8 [N, C, H, W] on the CPU."""
+    images = []
+    with progress("sampling", len(seeds) * subject.num_steps) as bar:
+        for batch in split_batches(seeds, batch_size):
+            *_, last = follow(subject.model.denoise(batch, subject.sampler), len(batch), bar)
+            images.append(finished_images(last).cpu())
+    return torch.cat(images)
+
+
+def find_neighbours(
+    samples: Tensor,
+    images: ImageSet,
+    extractor: Extractor,
+    num_neighbours: int,
+    crop: int | None,
+    batch_size: int,
+) -> dict[str, Neighbours]:
+    """Find the images that are nearest to each sample.
+
+    Args:
+        samples: uint8 [N, C, H, W].
+        images: Where to look, of the same shape.
+        extractor: Of the features.
+        num_neighbours: How many for each sample.
+        crop: Compare only so many pixels square at the centre.
+        batch_size: Images at a time.
+
+    Returns:
+        For "pixels", in root mean square grey levels, and for the extractor's name.
+    """
+    device = extractor.device
+
+    def prepare(pixels: Tensor) -> Tensor:
+        return pixels.to(device) if crop is None else centre_crop(pixels, crop).to(device)
+
+    def features(pixels: Tensor) -> Tensor:
+        return torch.cat([extractor(part).features for part in torch.split(pixels, batch_size)])
+
+    queries = prepare(samples)
+    by_pixels = NeighbourSearch(queries.flatten(1), num_neighbours)
+    by_features = NeighbourSearch(features(queries), num_neighbours)
+    with tqdm(total=len(images), desc="searching", unit="image", **bar_options()) as bar:
+        for start in range(0, len(images), batch_size):
+            chosen = np.arange(start, min(start + batch_size, len(images)))
+            rows = prepare(torch.from_numpy(images[chosen]))
+            by_pixels.add(rows.flatten(1))
+            by_features.add(features(rows))
+            bar.update(len(rows))
+    distances, indices = by_pixels.finish()
+    by_root_mean_square = Neighbours(distances / queries[0].numel() ** 0.5, indices)
+    return {"pixels": by_root_mean_square, extractor.name: by_features.finish()}
+
+
+def _group(heading: str, samples: Tensor, images: ImageSet, nearest: Neighbours) -> Group:
+    """Lay each sample beside its neighbours, whose distances stand below."""
+    indices = nearest.indices.cpu()
+    pixels = torch.from_numpy(images[indices.flatten().numpy()])
+    pixels = pixels.reshape(*indices.shape, *images.image_shape)
+    labels = [["", *(f"{distance:.3g}" for distance in row)] for row in nearest.distances.tolist()]
+    names = ["sample", *map(str, range(1, indices.shape[1] + 1))]
+    return Group(names, torch.cat([samples[:, None], pixels], dim=1), heading, labels)
+
+
+def main() -> int:
+    """Run `neighbours` with the options of sys.argv."""
+    options = parse_options(neighbours, "neighbours")
+    return run_command(lambda: neighbours(**options))
