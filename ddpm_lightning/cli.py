@@ -16,6 +16,7 @@ from ddpm_lightning.callbacks import (
     AtomicCheckpointIO,
     Checkpoints,
     Curves,
+    Neighbours,
     Progress,
     Samples,
 )
@@ -109,6 +110,7 @@ class CLI(LightningCLI):
         )
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(Neighbours, "neighbours")
         parser.add_lightning_class_args(FID, "fid")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.set_defaults({"model.net": {"class_path": "ddpm_lightning.networks.UNet"}})
@@ -191,6 +193,9 @@ class CLI(LightningCLI):
         if samples is not None and samples.every_n_steps:
             with refusals_of("--samples.num_steps"):
                 samples.sampler.respace(self.model.process)
+        neighbours = find_callback(self.trainer, Neighbours)
+        if neighbours is not None:
+            neighbours.check(self.model.process)
         fid = find_callback(self.trainer, FID)
         if fid is not None and fid.every_n_steps:
             fid.check(self.model.process, find_callback(self.trainer, EMA))

@@ -79,11 +79,13 @@ class _Layout:
         groups = [block.group for block in self._blocks]
         headings = self._line * any(group.heading for group in groups)
         columns = self._line * any(any(group.columns) for group in groups)
-        labels = self._line * any(group.labels for group in groups)
         top = self._gap + self._line * len(self._title)
         first = top + headings + columns + self._gap
-        pitch = self._height + labels + self._gap
-        canvas = Image.new(self._mode, (self._total, first + pitch * len(self._rows)), "white")
+        tops = [first]
+        for row in range(len(self._rows)):
+            labelled = any(group.labels and any(group.labels[row]) for group in groups)
+            tops.append(tops[-1] + self._height + self._line * labelled + self._gap)
+        canvas = Image.new(self._mode, (self._total, tops[-1]), "white")
         pen = ImageDraw.Draw(canvas)
 
         def write(x: float, y: float, text: str, anchor: str) -> None:
@@ -93,7 +95,7 @@ class _Layout:
         for number, line in enumerate(self._title):
             write(self._gap, self._gap + (number + 0.5) * self._line, line, "lm")
         for row, text in enumerate(self._rows):
-            write(self._margin - self._gap, first + row * pitch + self._height / 2, text, "rm")
+            write(self._margin - self._gap, tops[row] + self._height / 2, text, "rm")
         left = self._margin
         for group, widths, span in self._blocks:
             write(left + (span - self._gap) / 2, top + headings / 2, group.heading, "mm")
@@ -103,12 +105,11 @@ class _Layout:
                 middle = x + width / 2
                 write(middle, top + headings + columns / 2, group.columns[column], "mm")
                 for row, images in enumerate(group.images):
-                    y = first + row * pitch
                     image = to_pil(enlarge(images[column], self._scale))
-                    canvas.paste(image, (x + (width - self._width) // 2, y))
+                    canvas.paste(image, (x + (width - self._width) // 2, tops[row]))
                     if group.labels:
-                        label = group.labels[row][column]
-                        write(middle, y + self._height + labels / 2, label, "mm")
+                        y = tops[row] + self._height + self._line / 2
+                        write(middle, y, group.labels[row][column], "mm")
                 x += width + self._gap
             left += span + BETWEEN * self._gap
         return canvas

@@ -49,8 +49,9 @@ def interpolate(
 
     Both are noised by t steps, mixed by lambda, and the mixture is denoised. A row for each t, from
     coarse to fine: the images, their reconstructions at either end, and lambda from 0.1 to 0.9
-    between. Without noising steps it is the pixels that are mixed. All mixtures of a row share the
-    forward noise and that of the way back, so that they differ by lambda alone.
+    between. Without noising steps it is the pixels that are mixed. The noise of the images is the
+    same for all lambda and t; on the way back each mixture has its own, as in the paper. With
+    `--sampler ddim` there is none, and a row's images differ by lambda alone.
 
     Args:
         checkpoint: A .ckpt file of a run.
@@ -161,7 +162,7 @@ def decode_mixtures(
     if not num_noising_steps:
         return to_uint8(x_t).cpu()
     start = Start(x_t, num_noising_steps - 1)
-    chain = model.denoise([derive_seed(seed, 2)] * len(shares), subject.sampler, start)
+    chain = model.denoise([derive_seed(seed, 2, n) for n in TENTHS], subject.sampler, start)
     *_, last = follow(chain, len(shares), bar)
     return finished_images(last).cpu()
 

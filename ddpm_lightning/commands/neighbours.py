@@ -24,7 +24,7 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import centre_crop
 from ddpm_lightning.labelled_grid import Group, labelled_grid
 from ddpm_lightning.metrics.features import Extractor, make_extractor
-from ddpm_lightning.metrics.neighbours import Neighbours, NeighbourSearch
+from ddpm_lightning.metrics.neighbours import Nearest, NeighbourSearch
 from ddpm_lightning.metrics.reference import describe_reference
 from ddpm_lightning.module import finished_images
 from ddpm_lightning.samplers import SamplerName, make_sampler
@@ -105,7 +105,10 @@ def neighbours(
         _group(f"nearest by {space}", samples, images, nearest) for space, nearest in found.items()
     ]
     area = "" if crop is None else f", by {crop} x {crop} pixels at the centre"
-    title = f"The nearest of {len(images):,} images of {data.source}{area}\n{subject.title()}"
+    title = (
+        f"Samples and the nearest of {len(images):,} images of {data.source}{area}; below, root "
+        f"mean square differences in grey levels and distances of features\n{subject.title()}"
+    )
     results = {
         space: {"indices": nearest.indices.tolist(), "distances": nearest.distances.tolist()}
         for space, nearest in found.items()
@@ -131,7 +134,7 @@ def find_neighbours(
     num_neighbours: int,
     crop: int | None,
     batch_size: int,
-) -> dict[str, Neighbours]:
+) -> dict[str, Nearest]:
     """Find the images that are nearest to each sample.
 
     Args:
@@ -163,12 +166,11 @@ def find_neighbours(
             by_pixels.add(rows.flatten(1))
             by_features.add(features(rows))
             bar.update(len(rows))
-    distances, indices = by_pixels.finish()
-    by_root_mean_square = Neighbours(distances / queries[0].numel() ** 0.5, indices)
-    return {"pixels": by_root_mean_square, extractor.name: by_features.finish()}
+    nearest = by_pixels.finish().in_grey_levels(queries[0].numel())
+    return {"pixels": nearest, extractor.name: by_features.finish()}
 
 
-def _group(heading: str, samples: Tensor, images: ImageSet, nearest: Neighbours) -> Group:
+def _group(heading: str, samples: Tensor, images: ImageSet, nearest: Nearest) -> Group:
     """Lay each sample beside its neighbours, whose distances stand below."""
     indices = nearest.indices.cpu()
     pixels = torch.from_numpy(images[indices.flatten().numpy()])

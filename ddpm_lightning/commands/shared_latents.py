@@ -165,11 +165,9 @@ def go_on(
         uint8 [N, num_samples, C, H, W] on the CPU.
     """
     fresh = [derive_seed(seed, t, number) for seed in seeds for number in range(num_samples)]
-    starts = x_t.repeat_interleave(num_samples, dim=0)
+    starts = torch.split(x_t.repeat_interleave(num_samples, dim=0), batch_size)
     images = []
-    for batch, x in zip(
-        split_batches(fresh, batch_size), torch.split(starts, batch_size), strict=True
-    ):
+    for batch, x in zip(split_batches(fresh, batch_size), starts, strict=True):
         chain = subject.model.denoise(batch, subject.sampler, Start(x, t))
         *_, last = follow(chain, len(batch), bar)
         images.append(finished_images(last).cpu())

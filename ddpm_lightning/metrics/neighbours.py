@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 
-class Neighbours(NamedTuple):
+class Nearest(NamedTuple):
     """For each of N queries its k nearest rows, the nearest first."""
 
     distances: Tensor  # Euclidean, float64 [N, k]
     indices: Tensor  # of the rows in the order in which they were added, int64 [N, k]
+
+    def in_grey_levels(self, num_values: int) -> "Nearest":
+        """Make distances between images of so many values root mean square differences."""
+        return self._replace(distances=self.distances / num_values**0.5)
 
 
 class NeighbourSearch:
@@ -46,6 +50,6 @@ class NeighbourSearch:
         self._distances = distances[:, : self._num_neighbours]
         self._indices = indices.gather(1, order)[:, : self._num_neighbours]
 
-    def finish(self) -> Neighbours:
+    def finish(self) -> Nearest:
         """Give what was found; k is the number of rows where those are fewer."""
-        return Neighbours(self._distances.sqrt(), self._indices)
+        return Nearest(self._distances.sqrt(), self._indices)
