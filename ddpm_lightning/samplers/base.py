@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.diffusion.timesteps import space_timesteps
+from ddpm_lightning.errors import InputError
 
 Network = Callable[[Tensor, Tensor], Tensor]
 """epsilon_theta: (x_t float [N, C, H, W], t int64 [N]) -> noise shaped like x_t."""
@@ -74,6 +75,8 @@ class Sampler(ABC):
         Raises:
             InputError: t is outside the schedule.
         """
+        if not 0 <= t < process.num_timesteps:
+            raise InputError(f"timestep {t} must lie in 0..{process.num_timesteps - 1}")
         visited = self.respace(process).timesteps
         timesteps = torch.cat([visited[visited < t], visited.new_tensor([t])])
         if len(timesteps) < process.num_timesteps:  # else nothing is left out
