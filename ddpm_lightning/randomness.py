@@ -26,7 +26,8 @@ class Stream(IntEnum):
     TIMESTEP = 3
     NOISE = 4
     DROPOUT = 5
-    DERIVED = 6
+    STRATUM = 6
+    DERIVED = 7
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -17,7 +17,7 @@ ORDER = [
     ("randomness", "images", "runs"),
     ("labelled_grid",),
     ("networks", "diffusion", "data", "checkpoints"),
-    ("samplers",),
+    ("samplers", "nonfinite"),
     ("module",),
     ("metrics", "interop"),
     ("callbacks",),

@@ -4,9 +4,10 @@ from ddpm_lightning.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
 from ddpm_lightning.callbacks.curves import Curves
 from ddpm_lightning.callbacks.ema import EMA
 from ddpm_lightning.callbacks.fid import FID
-from ddpm_lightning.callbacks.neighbours import Neighbours
+from ddpm_lightning.callbacks.nonfinite import Nonfinite
 from ddpm_lightning.callbacks.progress import Progress
 from ddpm_lightning.callbacks.samples import Samples
+from ddpm_lightning.callbacks.signals import Signals
 
 __all__ = [
     "EMA",
@@ -14,7 +15,8 @@ __all__ = [
     "AtomicCheckpointIO",
     "Checkpoints",
     "Curves",
-    "Neighbours",
+    "Nonfinite",
     "Progress",
     "Samples",
+    "Signals",
 ]

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.commands.options import parse_options, split_numbers
-from ddpm_lightning.commands.pictures import PictureFile, Subject, follow, open_subject, progress
+from ddpm_lightning.commands.pictures import PictureFile, Subject, open_subject, sampling_bar
 from ddpm_lightning.commands.references import open_reference
 from ddpm_lightning.commands.shell import run_command
 from ddpm_lightning.commands.subjects import Checkpoint, without_remedy
@@ -23,9 +23,8 @@ from ddpm_lightning.diffusion.interpolation import mix_noised
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import Pixels, to_float, to_uint8
 from ddpm_lightning.labelled_grid import Group, labelled_grid
-from ddpm_lightning.module import finished_images
 from ddpm_lightning.randomness import NUM_SEEDS, NoiseStreams, derive_seed
-from ddpm_lightning.samplers import SamplerName, Start, make_sampler
+from ddpm_lightning.samplers import Clip, SamplerName, Start, make_sampler
 
 EIGHTHS = range(8, -1, -1)  # t of 1000, 875, ..., 0 in Fig. 9, where T is 1000
 TENTHS = range(11)  # lambda of 0.1, ..., 0.9 in Fig. 9; 0 and 1 are its reconstructions
@@ -40,6 +39,8 @@ def interpolate(
     sampler: SamplerName = "ddpm",
     num_steps: int | None = None,
     eta: float | None = None,
+    spacing: str | None = None,
+    clip: Clip | None = None,
     weights: Weights = "ema",
     seed: int = 0,
     out: str | None = None,
@@ -63,9 +64,11 @@ def interpolate(
         timesteps: Numbers of noising steps (the paper's t) from 0 to T, such as 500,250,0; the
             eighths of T when left out.
         sampler: As `sample` has it.
-        num_steps: Network evaluations of a whole chain, of which the part below t is run; ddpm
-            takes all timesteps, ddim 50.
+        num_steps: Timesteps to visit in a whole chain, of which the part below t is run; by default
+            as `sample` has it.
         eta: Share of fresh noise for ddim, from 0 (deterministic, the default) to 1.
+        spacing: Which timesteps those are, as `sample` has it.
+        clip: What happens to the predicted x_0, as `sample` has it: static, dynamic or none.
         weights: The moving average, or the raw weights.
         seed: Of all noise.
         out: The picture, a .png; RUN/pictures/interpolate-step=N-WEIGHTS.png when left out. Its
@@ -74,7 +77,8 @@ def interpolate(
     """
     if not 0 <= seed < NUM_SEEDS:
         raise InputError(f"--seed {seed}: must lie in 0..{NUM_SEEDS - 1}")
-    subject = open_subject(checkpoint, weights, make_sampler(sampler, num_steps, eta), accelerator)
+    chosen_sampler = make_sampler(sampler, num_steps, eta, spacing, clip)
+    subject = open_subject(checkpoint, weights, chosen_sampler, accelerator)
     chosen = choose_timesteps(timesteps, subject.model.process.num_timesteps)
     images = load_images([image_a, image_b], split, subject.checkpoint)
     settings = {
@@ -86,7 +90,7 @@ def interpolate(
     }
     picture = PictureFile("interpolate", out, subject, settings)
     num_steps_of = [_num_steps(subject, num) for num in chosen]
-    with progress("decoding", sum(num_steps_of) * len(TENTHS)) as bar:
+    with sampling_bar(sum(num_steps_of)) as bar:
         rows = [decode_mixtures(subject, images, num, seed, bar) for num in chosen]
     # the images at either end, in each row
     cells = [torch.cat([images[:1], mixtures, images[1:]]) for mixtures in rows]
@@ -148,7 +152,7 @@ def decode_mixtures(
         images: uint8 [2, C, H, W].
         num_noising_steps: In [0, T].
         seed: Of all noise.
-        bar: Advances with the network evaluations.
+        bar: Advances with the steps.
 
     Returns:
         uint8 [11, C, H, W] on the CPU.
@@ -162,9 +166,9 @@ def decode_mixtures(
     if not num_noising_steps:
         return to_uint8(x_t).cpu()
     start = Start(x_t, num_noising_steps - 1)
-    chain = model.denoise([derive_seed(seed, 2, n) for n in TENTHS], subject.sampler, start)
-    *_, last = follow(chain, len(shares), bar)
-    return finished_images(last).cpu()
+    seeds = [derive_seed(seed, 2, number) for number in TENTHS]
+    (mixtures,) = model.batches(seeds, subject.sampler, len(seeds), bar.update, start)
+    return mixtures.cpu()
 
 
 def _num_steps(subject: Subject, num_noising_steps: int) -> int:

@@ -10,10 +10,8 @@ from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.commands.options import parse_options
 from ddpm_lightning.commands.pictures import (
     PictureFile,
-    Subject,
-    follow,
     open_subject,
-    progress,
+    sampling_bar,
     split_batches,
 )
 from ddpm_lightning.commands.references import open_reference
@@ -26,8 +24,7 @@ from ddpm_lightning.labelled_grid import Group, labelled_grid
 from ddpm_lightning.metrics.features import Extractor, make_extractor
 from ddpm_lightning.metrics.neighbours import Nearest, NeighbourSearch
 from ddpm_lightning.metrics.reference import describe_reference
-from ddpm_lightning.module import finished_images
-from ddpm_lightning.samplers import SamplerName, make_sampler
+from ddpm_lightning.samplers import Clip, SamplerName, make_sampler
 
 NUM_IMAGES = 8
 
@@ -44,6 +41,8 @@ def neighbours(
     sampler: SamplerName = "ddpm",
     num_steps: int | None = None,
     eta: float | None = None,
+    spacing: str | None = None,
+    clip: Clip | None = None,
     weights: Weights = "ema",
     out: str | None = None,
     batch_size: int = 64,
@@ -68,8 +67,10 @@ def neighbours(
         crop: Compare only so many pixels square at the centre; whole images when left out. The
             paper takes 100 for faces of 256.
         sampler: As `sample` has it.
-        num_steps: Network evaluations per image; ddpm takes all timesteps, ddim 50.
+        num_steps: Timesteps to visit, by default as `sample` has it.
         eta: Share of fresh noise for ddim, from 0 (deterministic, the default) to 1.
+        spacing: Which timesteps those are, as `sample` has it.
+        clip: What happens to the predicted x_0, as `sample` has it: static, dynamic or none.
         weights: The moving average, or the raw weights.
         out: The picture, a .png; RUN/pictures/neighbours-step=N-WEIGHTS.png when left out. Its
             record, a .json beside it, names the training images by their numbers.
@@ -77,8 +78,9 @@ def neighbours(
         accelerator: As Lightning's Trainer has it: auto, cpu, gpu, ...
     """
     wanted = parse_seeds(seeds, num_images, NUM_IMAGES)
-    split_batches(wanted, batch_size)
-    subject = open_subject(checkpoint, weights, make_sampler(sampler, num_steps, eta), accelerator)
+    num_batches = len(split_batches(wanted, batch_size))
+    chosen_sampler = make_sampler(sampler, num_steps, eta, spacing, clip)
+    subject = open_subject(checkpoint, weights, chosen_sampler, accelerator)
     size = min(subject.checkpoint.image_shape[1:])
     if crop is not None and not 1 <= crop <= size:
         raise InputError(f"--crop {crop}: must lie in 1..{size}, the images' size")
@@ -99,7 +101,9 @@ def neighbours(
         "batch_size": batch_size,
     }
     picture = PictureFile("neighbours", out, subject, settings)
-    samples = draw_samples(subject, wanted, batch_size)
+    with sampling_bar(num_batches * subject.num_steps) as bar:
+        drawn = subject.model.batches(wanted, subject.sampler, batch_size, bar.update)
+        samples = torch.cat([part.cpu() for part in drawn])
     found = find_neighbours(samples, images, chosen, num_neighbours, crop, batch_size)
     groups = [
         _group(f"nearest by {space}", samples, images, nearest) for space, nearest in found.items()
@@ -115,16 +119,6 @@ def neighbours(
     }
     rows = [f"seed {seed}" for seed in wanted]
     picture.write(labelled_grid(title, rows, groups), {"neighbours": results})
-
-
-def draw_samples(subject: Subject, seeds: list[int], batch_size: int) -> Tensor:
-    """Sample as `sample` does, with a bar: uint8 [N, C, H, W] on the CPU."""
-    images = []
-    with progress("sampling", len(seeds) * subject.num_steps) as bar:
-        for batch in split_batches(seeds, batch_size):
-            *_, last = follow(subject.model.denoise(batch, subject.sampler), len(batch), bar)
-            images.append(finished_images(last).cpu())
-    return torch.cat(images)
 
 
 def find_neighbours(

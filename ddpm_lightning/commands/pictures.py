@@ -1,7 +1,6 @@
 """What the commands that draw one labelled picture of a checkpoint share."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +12,12 @@ from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.commands.settings import check_settings
 from ddpm_lightning.commands.shell import announce
 from ddpm_lightning.commands.subjects import Checkpoint, CheckpointReader
-from ddpm_lightning.commands.trainer import make_trainer
+from ddpm_lightning.commands.trainer import choose_device
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import write_png
 from ddpm_lightning.metrics.record import describe_sampler, write_record
 from ddpm_lightning.module import DDPM
-from ddpm_lightning.samplers import Sampler, Step
-
-BAR_FORMAT = "{desc} |{bar}| {percentage:.0f}% {elapsed}<{remaining}"
+from ddpm_lightning.samplers import Sampler
 
 
 class Subject(NamedTuple):
@@ -40,7 +37,7 @@ class Subject(NamedTuple):
 
     @property
     def num_steps(self) -> int:
-        """Network evaluations of a whole chain."""
+        """Steps of a whole chain."""
         return self.sampler.count_steps(self.model.process)
 
     def describe_sampler(self) -> dict[str, Any]:
@@ -67,8 +64,8 @@ def open_subject(checkpoint: str, weights: Weights, sampler: Sampler, accelerato
     """
     path = Path(checkpoint)
     found = CheckpointReader([weights], [sampler])(path)
-    device = make_trainer(accelerator, "1", 1).strategy.root_device
-    return Subject(found, weights, sampler, DDPM.from_checkpoint(path, weights).to(device))
+    model = DDPM.from_checkpoint(path, weights).to(choose_device(accelerator))
+    return Subject(found, weights, sampler, model)
 
 
 class PictureFile:
@@ -129,20 +126,9 @@ class PictureFile:
         self._path.parent.mkdir(parents=True, exist_ok=True)
 
 
-@contextmanager
-def progress(description: str, num_evaluations: int) -> Iterator["tqdm[Any]"]:
-    """Show a bar that counts images times network evaluations."""
-    with tqdm(
-        total=num_evaluations, desc=description, bar_format=BAR_FORMAT, **bar_options()
-    ) as bar:
-        yield bar
-
-
-def follow(chain: Iterator[Step], num_images: int, bar: "tqdm[Any]") -> Iterator[Step]:
-    """Pass the steps of a chain of so many images on, and let the bar advance with them."""
-    for step in chain:
-        bar.update(num_images)
-        yield step
+def sampling_bar(num_steps: int) -> "tqdm[Any]":
+    """Show a bar that counts steps of batches."""
+    return tqdm(total=num_steps, desc="sampling", unit="step", **bar_options())
 
 
 def split_batches(seeds: Sequence[int], batch_size: int) -> list[Sequence[int]]:

@@ -6,9 +6,8 @@ from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.commands.options import parse_options
 from ddpm_lightning.commands.pictures import (
     PictureFile,
-    follow,
     open_subject,
-    progress,
+    sampling_bar,
     split_batches,
 )
 from ddpm_lightning.commands.sample import parse_seeds, seeds_to_text
@@ -17,7 +16,7 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import to_uint8
 from ddpm_lightning.labelled_grid import Group, labelled_grid
 from ddpm_lightning.module import finished_images
-from ddpm_lightning.samplers import SamplerName, make_sampler
+from ddpm_lightning.samplers import Clip, SamplerName, make_sampler
 
 NUM_IMAGES = 8
 NUM_COLUMNS = 10
@@ -31,6 +30,8 @@ def progressive(
     sampler: SamplerName = "ddpm",
     num_steps: int | None = None,
     eta: float | None = None,
+    spacing: str | None = None,
+    clip: Clip | None = None,
     weights: Weights = "ema",
     out: str | None = None,
     batch_size: int = 64,
@@ -48,8 +49,10 @@ def progressive(
         num_columns: The chain's steps are divided into so many equal parts, of each of which the
             last prediction is shown; 10, or all steps where there are fewer. The paper has 20.
         sampler: As `sample` has it.
-        num_steps: Network evaluations per image; ddpm takes all timesteps, ddim 50.
+        num_steps: Timesteps to visit, by default as `sample` has it.
         eta: Share of fresh noise for ddim, from 0 (deterministic, the default) to 1.
+        spacing: Which timesteps those are, as `sample` has it.
+        clip: What happens to the predicted x_0, as `sample` has it: static, dynamic or none.
         weights: The moving average, or the raw weights.
         out: The picture, a .png; RUN/pictures/progressive-step=N-WEIGHTS.png when left out. Its
             record is a .json beside it.
@@ -58,7 +61,8 @@ def progressive(
     """
     wanted = parse_seeds(seeds, num_images, NUM_IMAGES)
     batches = split_batches(wanted, batch_size)
-    subject = open_subject(checkpoint, weights, make_sampler(sampler, num_steps, eta), accelerator)
+    chosen_sampler = make_sampler(sampler, num_steps, eta, spacing, clip)
+    subject = open_subject(checkpoint, weights, chosen_sampler, accelerator)
     shown = choose_steps(subject.num_steps, num_columns)
     settings = {
         "seeds": seeds_to_text(wanted),
@@ -68,11 +72,11 @@ def progressive(
     picture = PictureFile("progressive", out, subject, settings)
     rows = []
     timesteps: list[int] = []
-    with progress("sampling", len(wanted) * subject.num_steps) as bar:
+    with sampling_bar(len(batches) * subject.num_steps) as bar:
         for batch in batches:
             timesteps, columns, last = [], [], None
-            chain = subject.model.denoise(batch, subject.sampler)
-            for index, last in enumerate(follow(chain, len(batch), bar)):
+            for index, last in enumerate(subject.model.denoise(batch, subject.sampler)):
+                bar.update()
                 if index in shown:
                     timesteps.append(last.t)
                     columns.append(to_uint8(last.pred_x_0).cpu())

@@ -12,9 +12,8 @@ from ddpm_lightning.commands.options import parse_options, split_numbers
 from ddpm_lightning.commands.pictures import (
     PictureFile,
     Subject,
-    follow,
     open_subject,
-    progress,
+    sampling_bar,
     split_batches,
 )
 from ddpm_lightning.commands.sample import parse_seeds, seeds_to_text
@@ -55,8 +54,8 @@ def shared_latents(
         split: Where to split the chain, as numbers of noising steps (the paper's t) from 1 to T,
             such as 1000,750; the quarters of T when left out.
         num_samples: Samples that go on from each x_t.
-        num_steps: Network evaluations of a whole chain; all timesteps when left out. With fewer,
-            chains are split at the visited timesteps nearest to those asked for.
+        num_steps: Timesteps to visit in a whole chain; all when left out. With fewer, chains are
+            split at the visited ones nearest to those asked for.
         weights: The moving average, or the raw weights.
         out: The picture, a .png; RUN/pictures/shared-latents-step=N-WEIGHTS.png when left out. Its
             record is a .json beside it.
@@ -78,8 +77,8 @@ def shared_latents(
     }
     picture = PictureFile("shared-latents", out, subject, settings)
     num_left = [len(visited[visited <= t]) for t in timesteps]
-    num_evaluations = len(wanted) * (len(visited) + num_samples * sum(num_left))
-    with progress("sampling", num_evaluations) as bar:
+    num_batches = -(-len(wanted) * num_samples // batch_size)  # of each split
+    with sampling_bar(len(batches) * len(visited) + num_batches * sum(num_left)) as bar:
         chains = [run_chains(subject, batch, timesteps, bar) for batch in batches]
         whole, states = (torch.cat(parts) for parts in zip(*chains, strict=True))
         groups = [Group(["sample"], whole[:, None])]
@@ -133,8 +132,9 @@ def run_chains(
     noise = NoiseStreams(seeds, torch.device("cpu")).normal(subject.checkpoint.image_shape)
     states = {visited[-1]: noise.to(subject.model.device)}
     last = None
-    chain = follow(subject.model.denoise(seeds, subject.sampler), len(seeds), bar)
+    chain = subject.model.denoise(seeds, subject.sampler)
     for t_next, last in zip([*visited[-2::-1], None], chain, strict=True):
+        bar.update()
         if t_next in timesteps:
             states[t_next] = last.x_prev
     assert last is not None
@@ -159,19 +159,16 @@ def go_on(
         seeds: The chains'.
         num_samples: For each chain.
         batch_size: Images at a time.
-        bar: Advances with the network evaluations.
+        bar: Advances with the steps.
 
     Returns:
         uint8 [N, num_samples, C, H, W] on the CPU.
     """
     fresh = [derive_seed(seed, t, number) for seed in seeds for number in range(num_samples)]
-    starts = torch.split(x_t.repeat_interleave(num_samples, dim=0), batch_size)
-    images = []
-    for batch, x in zip(split_batches(fresh, batch_size), starts, strict=True):
-        chain = subject.model.denoise(batch, subject.sampler, Start(x, t))
-        *_, last = follow(chain, len(batch), bar)
-        images.append(finished_images(last).cpu())
-    return torch.cat(images).reshape(len(seeds), num_samples, *x_t.shape[1:])
+    start = Start(x_t.repeat_interleave(num_samples, dim=0), t)
+    images = subject.model.batches(fresh, subject.sampler, batch_size, bar.update, start)
+    samples = torch.cat([part.cpu() for part in images])
+    return samples.reshape(len(seeds), num_samples, *x_t.shape[1:])
 
 
 def main() -> int:

@@ -2,29 +2,23 @@
 
 import io
 from pathlib import Path
-from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
 from PIL import Image
 from torch import Tensor, nn
 
-from ddpm_lightning.callbacks import EMA, Checkpoints, Neighbours
+from ddpm_lightning.callbacks import EMA, Samples
 from ddpm_lightning.callbacks.run_logger import RunLogger
 from ddpm_lightning.data.batches import ImageSet
-from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import enlarge, to_float
-from ddpm_lightning.samplers import SamplerName, make_sampler
 from tests.conftest import NUM_TRAIN
 from tests.test_labelled_grid import find
 from tests.training import (
     NUM_TIMESTEPS,
     MemoryLogger,
-    assert_same,
     events,
-    load,
     make_data,
     make_trainer,
     scalars,
@@ -46,20 +40,19 @@ def median_distance(images: Tensor, others: Tensor) -> float:
     return float(np.median(nearest.numpy()))
 
 
-@pytest.mark.parametrize("name", get_args(SamplerName))
-def test_numbers_and_picture(name: SamplerName, pictures: Path, tmp_path: Path) -> None:
+def test_numbers_and_picture(pictures: Path, tmp_path: Path) -> None:
     ema, data, module = EMA(0.5), make_data(pictures), tiny_module()
     trainer = make_trainer(
         tmp_path,
         ema,
-        Neighbours(every_n_steps=2, num_images=5, num_train=12, sampler=name, num_steps=4),
+        Samples(every_n_steps=2, num_images=5, num_steps=4, num_train=12),
         max_steps=4,
         accumulate_grad_batches=2,
         logger=RunLogger(tmp_path, name="", version="", default_hp_metric=False),
     )
     trainer.fit(module, data)
     with ema.scope(module):
-        samples = module.sample(range(5), make_sampler(name, 4))
+        samples = module.sample(range(5), "ddim", 4)
     searched = pixels(data.train_images)[np.linspace(0, NUM_TRAIN - 1, 12).astype(int)]
     val = pixels(data.val_images)[np.linspace(0, 6, 5).astype(int)]
     distance, at_best = median_distance(samples, searched), median_distance(val, searched)
@@ -99,7 +92,7 @@ def test_copies_have_the_ratio_0(pictures: Path, tmp_path: Path) -> None:
     data, net, logger = make_data(pictures), KnowsOneByHeart(), MemoryLogger()
     net.x_0 = to_float(pixels(data.train_images)[3])
     trainer = make_trainer(
-        tmp_path, Neighbours(every_n_steps=1, num_images=3), max_steps=1, logger=logger
+        tmp_path, Samples(every_n_steps=1, num_images=3), max_steps=1, logger=logger
     )
     trainer.fit(tiny_module(net), data)  # the first step has a rate of 0
     assert logger.scalars["neighbours/distance_samples"] == {1: 0}
@@ -107,37 +100,12 @@ def test_copies_have_the_ratio_0(pictures: Path, tmp_path: Path) -> None:
     assert logger.scalars["neighbours/distance_val"][1] > 0
 
 
-def test_without_validation_images_there_is_no_ratio(pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_train", "named"), [(3, ["neighbours/distance_samples"]), (0, [])])
+def test_what_there_is_not_is_left_out(
+    num_train: int, named: list[str], pictures: Path, tmp_path: Path
+) -> None:
     logger = MemoryLogger()
-    trainer = make_trainer(
-        tmp_path, Neighbours(every_n_steps=1, num_images=2, num_steps=2), max_steps=1, logger=logger
-    )
+    samples = Samples(every_n_steps=1, num_images=2, num_steps=2, num_train=num_train)
+    trainer = make_trainer(tmp_path, samples, max_steps=1, logger=logger)
     trainer.fit(tiny_module(), make_data(pictures / "train", val_fraction=0.0))
-    assert list(logger.scalars) == ["neighbours/distance_samples"]
-
-
-def test_drawing_changes_nothing(pictures: Path, tmp_path: Path) -> None:
-    def train(folder: Path, *callbacks: Callback) -> dict[str, Any]:
-        trainer = make_trainer(folder, EMA(0.5), *callbacks, Checkpoints(), max_steps=3)
-        trainer.fit(tiny_module(), make_data(pictures))
-        return load(folder / "checkpoints" / "last.ckpt")
-
-    drawn = train(tmp_path / "drawn", Neighbours(every_n_steps=1, num_images=2, num_steps=3))
-    plain = train(tmp_path / "plain", Neighbours(every_n_steps=0))
-    for key in ("state_dict", "ema_state_dict", "optimizer_states"):
-        assert_same(drawn[key], plain[key])
-
-
-def test_what_is_impossible_is_refused(pictures: Path, tmp_path: Path) -> None:
-    wrong: list[dict[str, Any]] = [{"every_n_steps": -1}, {"num_images": 0}, {"num_train": 0}]
-    for options in wrong:
-        with pytest.raises(InputError, match="neighbours"):
-            Neighbours(**options)
-    told = r"--neighbours.num_steps: num_steps must lie in 1\.\.20, got 21"
-    trainer = make_trainer(tmp_path, Neighbours(num_steps=21), max_steps=1)
-    with pytest.raises(InputError, match=told):
-        trainer.fit(tiny_module(), make_data(pictures))
-    Neighbours(every_n_steps=0, num_steps=21).check(tiny_module().process)  # draws none
-    trainer = make_trainer(tmp_path, Neighbours(every_n_steps=1, num_steps=2), max_steps=1)
-    with pytest.raises(InputError, match="needs a data module"):
-        trainer.fit(tiny_module(image_shape=(1, 8, 8)), make_data(pictures).train_dataloader())
+    assert [name for name in logger.scalars if name.startswith("neighbours/")] == named
