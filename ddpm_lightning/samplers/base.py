@@ -104,6 +104,8 @@ class Sampler(ABC):
         Raises:
             InputError: t is outside the schedule.
         """
+        if not 0 <= t < process.num_timesteps:
+            raise InputError(f"timestep {t} must lie in 0..{process.num_timesteps - 1}")
         visited = self.respace(process).timesteps
         timesteps = torch.cat([visited[visited < t], visited.new_tensor([t])])
         if len(timesteps) < process.num_timesteps:
