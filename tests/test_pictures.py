@@ -341,22 +341,27 @@ def test_neighbours(here: Path, name: SamplerName, crop: int | None) -> None:
 def test_training_images_are_their_own_neighbours(here: Path, crop: int | None) -> None:
     data = RunConfig.of(Run(here / "run")).training_data()
     images = held(here)["train"]
-    found = neighbours.find_neighbours(images, data.train_images, small(), 1, crop, 7)
+    everything = np.arange(NUM_TRAIN)
+    found = neighbours.find_neighbours(images, data.train_images, everything, small(), 1, crop, 7)
     for space, nearest in found.items():
         assert torch.equal(nearest.indices[:, 0], torch.arange(NUM_TRAIN)), space
         assert nearest.distances.max() <= (0 if space == "pixels" else 1e-4), space
 
 
 def test_neighbours_in_other_images_by_the_default_extractor(here: Path, pictures: Path) -> None:
-    picture = draw(here, "neighbours", "--num_images", 2, "--reference", pictures / "val")
+    options = ("--reference", pictures / "val", "--num_train", 5)
+    picture = draw(here, "neighbours", "--num_images", 2, *options)
     assert picture.record["extractor"].startswith("efficientnet-lite0")
     assert picture.record["reference"]["num_images"] == NUM_VAL
+    assert picture.record["num_train"] == 5
     assert [group.heading for group in picture.groups] == [
         "nearest by pixels",
         "nearest by efficientnet-lite0",
     ]
     val = held(here)["val"]
     for found, group in zip(picture.record["neighbours"].values(), picture.groups, strict=True):
+        searched = np.linspace(0, NUM_VAL - 1, 5).astype(int).tolist()
+        assert set(np.unique(found["indices"])) <= set(searched)
         assert torch.equal(group.images[:, 1:], val[torch.tensor(found["indices"])])
 
 
@@ -443,6 +448,8 @@ def test_refusals(here: Path) -> None:
         ("--crop 0", "--crop 0: must lie in 1..8"),
         ("--num_neighbours 31", "--num_neighbours 31: must lie in 1..30, the images of"),
         ("--num_neighbours 0", "--num_neighbours 0"),
+        ("--num_neighbours 3 --num_train 2", "--num_neighbours 3: must lie in 1..2, the images of"),
+        ("--num_train 0", "--num_train must be at least 1, got 0"),
         ("--reference nowhere/x", "--reference nowhere/x: "),
         ("--extractor inceptio", "no extractor inceptio"),
     ):

@@ -96,7 +96,8 @@ def interpolate(
     cells = [torch.cat([images[:1], mixtures, images[1:]]) for mixtures in rows]
     middle = [f"λ = {tenth / 10:g}" for tenth in TENTHS[1:-1]]
     names = ["Source", "Rec.", *middle, "Rec.", "Source"]
-    title = f"Interpolation from {image_a} to {image_b}, noised by t steps\n{subject.title()}"
+    ends = [f"{split} image {word}" if word.isdecimal() else word for word in (image_a, image_b)]
+    title = f"From {ends[0]} to {ends[1]}, noised by so many steps\n{subject.title()}"
     group = Group(names, torch.stack(cells))
     picture.write(labelled_grid(title, [f"{num} steps" for num in chosen], [group]))
 

@@ -1,6 +1,5 @@
 """`neighbours`: samples beside the training images that are nearest to them."""
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -18,6 +17,7 @@ from ddpm_lightning.commands.references import open_reference
 from ddpm_lightning.commands.sample import parse_seeds, seeds_to_text
 from ddpm_lightning.commands.shell import run_command
 from ddpm_lightning.data.batches import ImageSet
+from ddpm_lightning.data.order import Indices
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import centre_crop
 from ddpm_lightning.labelled_grid import Group, labelled_grid
@@ -35,6 +35,7 @@ def neighbours(
     seeds: str | None = None,
     num_neighbours: int = 4,
     reference: str | None = None,
+    num_train: int | None = None,
     extractor: str = "efficientnet-lite0",
     extractor_weights: str | None = None,
     crop: int | None = None,
@@ -51,8 +52,8 @@ def neighbours(
     """Show samples beside the nearest training images (Ho et al. 2020, Figs. 12 and 15).
 
     A row for each sample: it and the training images nearest to it by their pixels, then the same
-    in an extractor's features. All training images are looked at. Distances stand below: root
-    mean square differences in grey levels, and Euclidean ones of features.
+    in an extractor's features. Distances stand below: root mean square differences in grey levels,
+    and Euclidean ones of features.
 
     Args:
         checkpoint: A .ckpt file of a run.
@@ -61,6 +62,8 @@ def neighbours(
         num_neighbours: Training images beside each sample.
         reference: A data set as --data.source takes it, whose training images are searched, at the
             model's size and channels; by default what the checkpoint's run trains on.
+        num_train: Search only so many of them, spread evenly, since features take their time; all
+            when left out.
         extractor: As `fid` has it: inception (the paper's), efficientnet-lite0, another of
             torch-fidelity's, or the class path of a torch.nn.Module.
         extractor_weights: Inception's weights file, where torch.hub's cache does not have it.
@@ -88,14 +91,18 @@ def neighbours(
     chosen.module.to(subject.model.device)
     data = open_reference(reference, [subject.checkpoint])
     images = data.train_images
-    if not 1 <= num_neighbours <= len(images):
+    if num_train is not None and num_train < 1:
+        raise InputError(f"--num_train must be at least 1, got {num_train}")
+    searched = images.spread(num_train or len(images))
+    if not 1 <= num_neighbours <= len(searched):
         raise InputError(
-            f"--num_neighbours {num_neighbours}: must lie in 1..{len(images)}, the images of "
-            f"{data.source}"
+            f"--num_neighbours {num_neighbours}: must lie in 1..{len(searched)}, the images of "
+            f"{data.source} that are searched"
         )
     settings = {
         "seeds": seeds_to_text(wanted),
         "num_neighbours": num_neighbours,
+        "num_train": len(searched),
         **describe_reference(images, data.source, chosen),
         "crop": crop,
         "batch_size": batch_size,
@@ -104,13 +111,13 @@ def neighbours(
     with sampling_bar(num_batches * subject.num_steps) as bar:
         drawn = subject.model.batches(wanted, subject.sampler, batch_size, bar.update)
         samples = torch.cat([part.cpu() for part in drawn])
-    found = find_neighbours(samples, images, chosen, num_neighbours, crop, batch_size)
+    found = find_neighbours(samples, images, searched, chosen, num_neighbours, crop, batch_size)
     groups = [
         _group(f"nearest by {space}", samples, images, nearest) for space, nearest in found.items()
     ]
     area = "" if crop is None else f", by {crop} x {crop} pixels at the centre"
     title = (
-        f"Samples and the nearest of {len(images):,} images of {data.source}{area}; below, root "
+        f"Samples and the nearest of {len(searched):,} images of {data.source}{area}; below, root "
         f"mean square differences in grey levels and distances of features\n{subject.title()}"
     )
     results = {
@@ -124,6 +131,7 @@ def neighbours(
 def find_neighbours(
     samples: Tensor,
     images: ImageSet,
+    searched: Indices,
     extractor: Extractor,
     num_neighbours: int,
     crop: int | None,
@@ -133,14 +141,16 @@ def find_neighbours(
 
     Args:
         samples: uint8 [N, C, H, W].
-        images: Where to look, of the same shape.
+        images: Images of the same shape.
+        searched: Which of them to look at, int64 [M].
         extractor: Of the features.
         num_neighbours: How many for each sample.
         crop: Compare only so many pixels square at the centre.
         batch_size: Images at a time.
 
     Returns:
-        For "pixels", in root mean square grey levels, and for the extractor's name.
+        For "pixels", in root mean square grey levels, and for the extractor's name; indices are
+        those of `images`.
     """
     device = extractor.device
 
@@ -153,20 +163,26 @@ def find_neighbours(
     queries = prepare(samples)
     by_pixels = NeighbourSearch(queries.flatten(1), num_neighbours)
     by_features = NeighbourSearch(features(queries), num_neighbours)
-    with tqdm(total=len(images), desc="searching", unit="image", **bar_options()) as bar:
-        for start in range(0, len(images), batch_size):
-            chosen = np.arange(start, min(start + batch_size, len(images)))
-            rows = prepare(torch.from_numpy(images[chosen]))
+    with tqdm(total=len(searched), desc="searching", unit="image", **bar_options()) as bar:
+        for start in range(0, len(searched), batch_size):
+            rows = prepare(torch.from_numpy(images[searched[start : start + batch_size]]))
             by_pixels.add(rows.flatten(1))
             by_features.add(features(rows))
             bar.update(len(rows))
-    nearest = by_pixels.finish().in_grey_levels(queries[0].numel())
-    return {"pixels": nearest, extractor.name: by_features.finish()}
+    found = {
+        "pixels": by_pixels.finish().in_grey_levels(queries[0].numel()),
+        extractor.name: by_features.finish(),
+    }
+    places = torch.from_numpy(searched)
+    return {
+        space: nearest._replace(indices=places[nearest.indices.cpu()])
+        for space, nearest in found.items()
+    }
 
 
 def _group(heading: str, samples: Tensor, images: ImageSet, nearest: Nearest) -> Group:
     """Lay each sample beside its neighbours, whose distances stand below."""
-    indices = nearest.indices.cpu()
+    indices = nearest.indices
     pixels = torch.from_numpy(images[indices.flatten().numpy()])
     pixels = pixels.reshape(*indices.shape, *images.image_shape)
     labels = [["", *(f"{distance:.3g}" for distance in row)] for row in nearest.distances.tolist()]
