@@ -11,11 +11,29 @@ from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.diffusion.schedules import make_betas
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.randomness import NUM_SEEDS, derive_seed
-from ddpm_lightning.samplers import DDIMSampler, DDPMSampler, Sampler, Start
+from ddpm_lightning.samplers import (
+    DDIMSampler,
+    DDPMSampler,
+    DPMSolver2MSampler,
+    DPMSolver2MSDESampler,
+    HeunSampler,
+    Sampler,
+    Start,
+)
 from tests.conftest import Golden
 from tests.training import NUM_TIMESTEPS, tiny_module
 
-SAMPLERS = [DDPMSampler(), DDPMSampler(10), DDIMSampler(), DDIMSampler(10), DDIMSampler(10, 0.7)]
+SAMPLERS = [
+    DDPMSampler(),
+    DDPMSampler(10),
+    DDIMSampler(),
+    DDIMSampler(10, spacing="trailing"),
+    DDIMSampler(10, 0.7),
+    DDIMSampler(spacing="ddim20", clip="none"),
+    HeunSampler(10),
+]
+# Their steps need predictions of earlier ones, so that a part's first step is of first order.
+MULTISTEP = [DPMSolver2MSampler(10), DPMSolver2MSDESampler(spacing="4,6")]
 
 
 def process(num_timesteps: int = 100) -> Process:
@@ -49,7 +67,7 @@ def test_a_part_of_a_chain_is_its_end(golden: Golden, sampler: Sampler) -> None:
         assert next(left, None) is None
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [*SAMPLERS, *MULTISTEP])
 def test_a_part_visits_t_and_what_is_below(sampler: Sampler) -> None:
     visited = sampler.respace(process()).timesteps
     for t in (99, 63, 1, 0):
@@ -58,7 +76,7 @@ def test_a_part_visits_t_and_what_is_below(sampler: Sampler) -> None:
         assert timesteps == [*visited[visited < t].tolist(), t]
         assert part.count_steps(upto) == part.num_steps == len(timesteps)
     # the whole chain is the whole process, to the last bit
-    whole, all_of_it = sampler.below(process(), 99)
+    whole, all_of_it = sampler.below(process(), int(visited[-1]))
     for name, table in whole.respace(all_of_it).named_buffers():
         assert torch.equal(table, sampler.respace(process()).get_buffer(name)), name
     for t in (-1, 100):

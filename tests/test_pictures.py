@@ -122,9 +122,17 @@ def held(here: Path) -> dict[SplitName, Tensor]:
     [
         ("", DDPMSampler(), "ema"),
         ("--weights raw --sampler ddim", DDIMSampler(), "raw"),
-        ("--sampler ddim --num_steps 7 --eta 0.5 --num_columns 3", DDIMSampler(7, 0.5), "ema"),
+        (
+            "--sampler ddim --num_steps 7 --eta 0.5 --clip dynamic --num_columns 3",
+            DDIMSampler(7, 0.5, clip="dynamic"),
+            "ema",
+        ),
         ("--num_columns 20", DDPMSampler(), "ema"),
-        ("--num_columns 1 --num_steps 5", DDPMSampler(5), "ema"),
+        (
+            "--num_columns 1 --num_steps 5 --spacing trailing",
+            DDPMSampler(5, spacing="trailing"),
+            "ema",
+        ),
     ],
 )
 def test_progressive(here: Path, options: str, sampler: Sampler, weights: Weights) -> None:
@@ -246,7 +254,11 @@ def test_what_is_shared_late_leaves_little_open(here: Path) -> None:
     ("options", "sampler", "weights"),
     [
         ("", DDPMSampler(), "ema"),
-        ("--sampler ddim --weights raw --num_steps 10", DDIMSampler(10), "raw"),
+        (
+            "--sampler ddim --weights raw --num_steps 10 --spacing leading --clip none",
+            DDIMSampler(10, spacing="leading", clip="none"),
+            "raw",
+        ),
         ("--sampler ddim --eta 1 --seed 5", DDIMSampler(eta=1.0), "ema"),
     ],
 )
@@ -308,14 +320,17 @@ def test_interpolate_takes_files(here: Path) -> None:
 # --- neighbours ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", get_args(SamplerName))
-@pytest.mark.parametrize("crop", [None, 5])
+@pytest.mark.parametrize(
+    ("name", "crop"), [("ddim", 5), *((name, None) for name in get_args(SamplerName))]
+)
 def test_neighbours(here: Path, name: SamplerName, crop: int | None) -> None:
     cropped = () if crop is None else ("--crop", crop)
     options = ("--seeds", "4-6", "--batch_size", 3, "--num_neighbours", 2, *cropped, *SMALL)
-    picture = draw(here, "neighbours", *options, "--sampler", name, "--num_steps", 8)
+    sampled = ("--sampler", name, "--num_steps", 8, "--spacing", "even", "--clip", "none")
+    picture = draw(here, "neighbours", *options, *sampled)
     assert picture.rows == ["seed 4", "seed 5", "seed 6"]
-    samples = model(here).sample([4, 5, 6], make_sampler(name, 8))
+    sampler = make_sampler(name, 8, spacing="even", clip="none")
+    samples = model(here).sample([4, 5, 6], sampler)
     images = held(here)["train"]
     seen = [samples, images] if crop is None else [centre_crop(x, crop) for x in (samples, images)]
     spaces = {
