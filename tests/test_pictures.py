@@ -421,18 +421,23 @@ def test_refusals(here: Path) -> None:
     for command in ("progressive", "shared-latents", "neighbours", "interpolate"):
         two = " a.png a.png" if command == "interpolate" else ""
         line = f"{command} {CKPT}{two}"
-        refuse(here, f"{command} missing.ckpt{two}", "missing.ckpt: no such checkpoint file")
         refuse(here, f"{line} --num_steps 21", "num_steps must lie in 1..20, got 21")
-        refuse(here, f"{line} --out p.jpg", "--out p.jpg: give a file's name that ends in .png")
-        refuse(here, f"{line} --out folder.png", "--out folder.png: a folder")
         refuse(here, f"{line} --out text.png", "--out text.png: exists, and is no such picture")
-        refuse(here, f"{line} --accelerator magic", "--accelerator")
-        refuse(here, f"{line} --weights emma", "expected one of 'ema', 'raw', got emma")
-        refuse(here, f"{line} --num_stps 3", "did you mean --num_steps?")
         if command != "interpolate":
             refuse(here, f"{line} --batch_size 0", "--batch_size must be at least 1, got 0")
             refuse(here, f"{line} --seeds 3-1", "--seeds 3-1")
-            refuse(here, f"{line} --num_images 0", "--num_images must be at least 1")
+    refuse(here, "progressive missing.ckpt", "missing.ckpt: no such checkpoint file")
+    for options, told in (
+        ("--out p.jpg", "--out p.jpg: give a file's name that ends in .png"),
+        ("--out folder.png", "--out folder.png: a folder"),
+        ("--accelerator magic", "--accelerator"),
+        ("--weights emma", "expected one of 'ema', 'raw', got emma"),
+        ("--num_stps 3", "did you mean --num_steps?"),
+        ("--num_images 0", "--num_images must be at least 1"),
+        ("--spacing evn", "did you mean even?"),
+        ("--clip statc", "got statc"),
+    ):
+        refuse(here, f"progressive {CKPT} {options}", told)
     for options, told in (
         ("--num_columns 0", "--num_columns 0: must lie in 1..20, the steps"),
         ("--num_columns 6 --num_steps 5", "--num_columns 6: must lie in 1..5, the steps"),
