@@ -39,6 +39,8 @@ COMMANDS = {
         "ddpm_lightning.commands.neighbours:main",
         "draw samples beside the nearest training images",
     ),
+    "compress": ("ddpm_lightning.commands.compress:main", "an image to few bits with a checkpoint"),
+    "decompress": ("ddpm_lightning.commands.decompress:main", "and back, or any beginning of them"),
 }
 
 HELP = """usage: python -m ddpm_lightning COMMAND [OPTIONS]

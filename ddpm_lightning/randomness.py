@@ -27,7 +27,8 @@ class Stream(IntEnum):
     NOISE = 4
     DROPOUT = 5
     STRATUM = 6
-    DERIVED = 7
+    CODEC = 16  # compressed files depend on this number
+    DERIVED = 17
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -17,7 +17,7 @@ ORDER = [
     ("randomness", "images", "runs"),
     ("labelled_grid",),
     ("networks", "diffusion", "data", "checkpoints"),
-    ("samplers", "nonfinite"),
+    ("samplers", "nonfinite", "coding"),
     ("module",),
     ("metrics", "interop"),
     ("callbacks",),
