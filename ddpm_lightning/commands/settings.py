@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.images import write_atomically
 
 
 def check_settings(record: Path, settings: dict[str, Any], out: str, holds: str) -> None:
@@ -30,3 +31,27 @@ def check_settings(record: Path, settings: dict[str, Any], out: str, holds: str)
                 f"--out {out}: {holds} with {key} {there.get(key)}, not {settings[key]}; "
                 "choose another"
             )
+
+
+def claim_folder(folder: Path, settings: dict[str, Any], holds: str) -> None:
+    """Note what a folder is to hold in its settings.json; refuse one that holds something else.
+
+    Args:
+        folder: The output; an empty one, one of the same settings, or none yet.
+        settings: What its contents depend on, as JSON gives them back.
+        holds: What it would hold, such as "holds samples".
+
+    Raises:
+        InputError: It holds what other settings gave, or other files.
+    """
+    record = folder / "settings.json"
+    if record.exists():
+        check_settings(record, settings, str(folder), holds)
+    elif folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder}: a file; choose a folder")
+    elif folder.exists() and any(folder.iterdir()):
+        raise InputError(f"--out {folder}: not empty, and nothing is overwritten; choose another")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(settings, indent=2)
+        write_atomically(record, lambda file: file.write(text.encode()))
