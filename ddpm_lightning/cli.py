@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import Trainer
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
@@ -18,10 +19,12 @@ from ddpm_lightning.callbacks import (
     Curves,
     Progress,
     Samples,
+    Together,
 )
 from ddpm_lightning.callbacks.run_logger import RunLogger
 from ddpm_lightning.callbacks.shared import find_callback
 from ddpm_lightning.checkpoints import check_same_model, load_checkpoint
+from ddpm_lightning.commands.clusters import cluster_plugins
 from ddpm_lightning.commands.options import LineErrors
 from ddpm_lightning.commands.shell import announce, refusals_of, run_command
 from ddpm_lightning.data.datamodule import ImageDataModule
@@ -46,6 +49,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 PROG = "python -m ddpm_lightning"
+
+SHARDING = ("fsdp", "deepspeed", "modelparallel")
 
 
 class Parser(LineErrors, LightningArgumentParser):
@@ -131,6 +136,7 @@ class CLI(LightningCLI):
         """Settle the run's folder and say where it is, before anything else."""
         config = self.config[self.subcommand]
         _check_trainer(config.trainer)
+        _check_whole(config)
         config.experiment = config.experiment or _experiment_name(config.config)
         if self.subcommand == "fit":
             self.run, self.ckpt_path = choose_run(
@@ -148,9 +154,14 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer with this project's callbacks, its run folder as root."""
         config = self.config_init[self.subcommand].trainer
-        callbacks = [Curves(), *([Progress()] if config.enable_progress_bar is not False else [])]
+        callbacks: list[Callback] = [Together(), Curves()]
+        if config.enable_progress_bar is not False:
+            callbacks.append(Progress())
         config.callbacks = [*callbacks, *_listed(config.callbacks)]
-        config.plugins = [*_listed(config.plugins), AtomicCheckpointIO()]
+        plugins = _listed(config.plugins)
+        if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+            plugins = [*plugins, *cluster_plugins()]
+        config.plugins = [*plugins, AtomicCheckpointIO()]
         if self.run is not None:
             config.default_root_dir = str(self.run.root)
         if config.logger is None or config.logger is True:
@@ -320,6 +331,32 @@ def _beside_python(name: str) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+def _check_whole(config: Any) -> None:
+    """Refuse, by name, to shard parameters or the optimizer's state.
+
+    Raises:
+        InputError: The strategy or the optimizer would.
+    """
+    strategy = config.trainer.strategy
+    strategy = strategy if isinstance(strategy, str) else strategy.class_path
+    # before Lightning asks for a GPU or a package that would not help
+    if any(name in strategy.lower().replace("_", "") for name in SHARDING):
+        raise InputError(_sharded(strategy))
+    optimizer = config.model.optimizer.class_path
+    if optimizer.startswith("torch.distributed."):
+        raise InputError(
+            f"--model.optimizer {optimizer}: not supported; a checkpoint needs the optimizer's "
+            "whole state, and this one has a part of it on each rank; use torch.optim.Adam"
+        )
+
+
+def _sharded(strategy: str) -> str:
+    return (
+        f"--trainer.strategy {strategy}: not supported; the average of the weights, clipping and "
+        "checkpoints need all parameters on each device; use ddp"
+    )
+
+
 def _check_strategy(trainer: Trainer) -> None:
     """Refuse what this project's parts would be silently wrong on.
 
@@ -327,10 +364,7 @@ def _check_strategy(trainer: Trainer) -> None:
         InputError: Parameters or optimizer are sharded, or the device has no float64.
     """
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        raise InputError(
-            f"--trainer.strategy {type(trainer.strategy).__name__}: shards what the average of the "
-            "weights and clipping need whole; use ddp"
-        )
+        raise InputError(_sharded(type(trainer.strategy).__name__))
     if trainer.strategy.root_device.type == "mps":
         raise InputError(
             "--trainer.accelerator mps: has no float64, which the schedule's tables are in; "

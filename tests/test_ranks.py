@@ -1,9 +1,5 @@
 """Weights, curves and samples do not depend on the number of processes that make them."""
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.training import BufferedUNet, fit_here, flat_state, load, scalars
+from tests.children import Seen, seen
+from tests.processes import NETWORK, TRAINER, Job, two_nodes
+from tests.training import BufferedUNet, assert_same, fit_here, flat_state, load, scalars
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
-
-ROOT = Path(__file__).parent.parent
 
 # Seven images to validate make one batch of 16: with two ranks or more, some have none at all.
 # Not 32 base channels: with one channel in a group, the group norms cancel the biases before them.
@@ -26,6 +22,7 @@ OPTIONS = {
     "trainer.log_every_n_steps": 10,
     "trainer.val_check_interval": 10,
     "trainer.enable_progress_bar": "false",
+    "trainer.callbacks": f"{Seen.__module__}.{Seen.__name__}",
     "data.batch_size": 16,
     "data.flip": "true",
     "model.net.base_channels": 64,
@@ -52,29 +49,10 @@ def options(pictures: Path, run: Path, precision: str, **others: Any) -> list[st
     return [text for key, value in values.items() for text in (f"--{key}", str(value))]
 
 
-def launch(folder: Path, pictures: Path, *arguments: str, timeout: float = 240) -> str:
-    """Run a command in processes of its own; past the time limit all of them are killed."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ddpm_lightning", *arguments],
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "DDPM_LIGHTNING_CACHE": str(pictures.parent / "cache"),
-        },
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        output = process.communicate(timeout=timeout)[0]
-    finally:
-        if process.returncode is None:  # hangs: the ranks are in its session
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output
-    return output
+def launch(folder: Path, pictures: Path, *arguments: str) -> str:
+    """Run a command whose processes the Trainer starts."""
+    with Job(folder, pictures, *TRAINER, *arguments) as job:
+        return job.succeed()
 
 
 def assert_equal_runs(ours: Path, theirs: Path, tolerance: float) -> None:
@@ -88,9 +66,13 @@ def assert_equal_runs(ours: Path, theirs: Path, tolerance: float) -> None:
         curve = scalars(ours, tag)
         assert list(curve) == [10, 20], tag
         assert curve == pytest.approx(scalars(theirs, tag), rel=max(1e-5, tolerance)), tag
+    assert scalars(ours, "train/lr") == scalars(theirs, "train/lr")
     assert scalars(ours, "train/images_per_second")[20] > 0
     best = [load(run / "checkpoints" / "best.ckpt")["global_step"] for run in (ours, theirs)]
     assert best[0] == best[1]
+    ours_seen, theirs_seen = seen(ours), seen(theirs)
+    assert ours_seen["positions"].tolist() == list(range(20 * 16))
+    assert_same(ours_seen, theirs_seen)  # images, flips, timesteps and noise, bit for bit
 
 
 def assert_written_once(run: Path, output: str) -> None:
@@ -131,6 +113,23 @@ def test_training_does_not_depend_on_ranks_or_accumulation(
     )
     assert_equal_runs(ranks, one, tolerance)
     assert_written_once(ranks, output)
+
+
+@pytest.mark.parametrize("network", [NETWORK])
+def test_two_nodes_train_as_one(
+    network: str, pictures: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Joined by torchrun; each node has its own view of the network, where that can be had."""
+    monkeypatch.setenv("DDPM_LIGHTNING_CACHE", str(cache))
+    one, nodes = tmp_path / "one", tmp_path / "nodes"
+    fit_here(*options(pictures, one, "32-true"))
+    arguments = options(
+        pictures, nodes, "32-true", num_nodes=2, devices=1, accumulate_grad_batches=2
+    )
+    with two_nodes(tmp_path, pictures, "fit", *arguments) as jobs:
+        outputs = [job.succeed() for job in jobs]
+    assert_equal_runs(nodes, one, 1e-5)
+    assert_written_once(nodes, "".join(outputs))
 
 
 @pytest.mark.slow

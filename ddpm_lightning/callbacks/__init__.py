@@ -6,5 +6,15 @@ from ddpm_lightning.callbacks.ema import EMA
 from ddpm_lightning.callbacks.fid import FID
 from ddpm_lightning.callbacks.progress import Progress
 from ddpm_lightning.callbacks.samples import Samples
+from ddpm_lightning.callbacks.together import Together
 
-__all__ = ["EMA", "FID", "AtomicCheckpointIO", "Checkpoints", "Curves", "Progress", "Samples"]
+__all__ = [
+    "EMA",
+    "FID",
+    "AtomicCheckpointIO",
+    "Checkpoints",
+    "Curves",
+    "Progress",
+    "Samples",
+    "Together",
+]

@@ -180,9 +180,8 @@ class FID(Callback):
         assert self._reference is not None
         start = time.perf_counter()
         collector = Collector(self.extractor, self.metrics)
-        rank, world = trainer.global_rank, trainer.world_size
-        # contiguous shares, so that the ranks' features follow each other in the seeds' order
-        share = range(self.num_images * rank // world, self.num_images * (rank + 1) // world)
+        ranks = TrainerRanks(trainer)
+        share = ranks.share(range(self.num_images))
         with tqdm(
             total=len(share),
             desc=f"judging ({weights})",
@@ -194,7 +193,7 @@ class FID(Callback):
             for images in pl_module.batches(share, self.sampler, self.batch_size):
                 collector.add(images)
                 bar.update(len(images))
-        generated = collector.finish(TrainerRanks(trainer))
+        generated = collector.finish(ranks)
         values = evaluate(
             generated, self._reference.features, self.metrics, self.extractor.distance_name
         )
@@ -216,7 +215,7 @@ class FID(Callback):
                     ),
                     "seeds": f"0-{self.num_images - 1}",
                     "batch_size": self.batch_size,
-                    "world_size": world,
+                    "world_size": trainer.world_size,
                 },
                 time.perf_counter() - start,
                 pl_module.device,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddpm_lightning.callbacks.curves import aside
 from ddpm_lightning.callbacks.ema import EMA
-from ddpm_lightning.callbacks.shared import find_callback, log_scalars
+from ddpm_lightning.callbacks.shared import TrainerRanks, find_callback, log_scalars
 from ddpm_lightning.data.datamodule import Batch
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import channel_statistics, make_grid, to_uint8, write_png
@@ -22,7 +22,7 @@ STRIP_STEPS = 10
 
 
 class Samples(Callback):
-    """Draw a grid from fixed seeds every so many steps and at the end, on rank 0.
+    """Draw a grid from fixed seeds every so many steps and at the end; each rank draws its share.
 
     The grid of the averaged weights (the raw ones', where there is no average) is written to
     RUN/samples/step=N.png. TensorBoard gets it too, with the raw weights' grid, a strip of x_t and
@@ -81,19 +81,21 @@ class Samples(Callback):
         return Path(trainer.default_root_dir) / "samples" / f"step={trainer.global_step}.png"
 
     def _draw(self, trainer: Trainer, pl_module: DDPM) -> None:
-        if not trainer.is_global_zero:
-            return
         ema = find_callback(trainer, EMA)
-        raw, strip = self._sample(pl_module)
+        raw, strip = self._sample(trainer, pl_module)
         grids = {"raw": raw}
         if ema is not None and ema.is_active:
             with ema.scope(pl_module):
-                grids["ema"], strip = self._sample(pl_module)
-        best = grids.get("ema", raw)
-
+                grids["ema"], strip = self._sample(trainer, pl_module)
         self.latest = self._path(trainer)
-        self.latest.parent.mkdir(parents=True, exist_ok=True)
-        write_png(self.latest, make_grid(best))
+        if trainer.is_global_zero:
+            self._write(trainer, self.latest, grids, strip)
+
+    @staticmethod
+    def _write(trainer: Trainer, path: Path, grids: dict[str, Tensor], strip: Tensor) -> None:
+        best = grids.get("ema", grids["raw"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_png(path, make_grid(best))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for name, images in grids.items():
@@ -103,20 +105,38 @@ class Samples(Callback):
                 logger.experiment.add_image("samples/denoising", strip, trainer.global_step)
         log_scalars(trainer, _channel_scalars(trainer, best))
 
-    def _sample(self, pl_module: DDPM) -> tuple[Tensor, Tensor]:
-        """Sample the grid's images, uint8 [N, C, H, W], and lay out the strip, uint8 [C, H, W]."""
+    def _sample(self, trainer: Trainer, pl_module: DDPM) -> tuple[Tensor, Tensor]:
+        """Sample the grid's images, uint8 [N, C, H, W], and lay out the strip, uint8 [C, H, W].
+
+        All ranks must call, and get both. Rank 0 alone would let the others wait for longer than
+        their time-out, where images are large and chains long.
+        """
+        assert pl_module.image_shape is not None
         num_steps = self.sampler.count_steps(pl_module.process)
-        shown = {round(i * (num_steps - 1) / (STRIP_STEPS - 1)) for i in range(STRIP_STEPS)}
-        columns: list[Tensor] = []
-        step = None
-        for index, step in enumerate(pl_module.denoise(range(self.num_images), self.sampler)):
-            if index in shown:
-                pair = torch.stack([step.x_prev, step.pred_x_0], dim=1)[:STRIP_IMAGES]
-                columns.append(to_uint8(pair).cpu())
-        assert step is not None
-        # [images, x_t and pred_x_0, steps, C, H, W]: a row of steps for each of the two
-        cells = torch.stack(columns, dim=2).flatten(0, 2)
-        return to_uint8(step.x_prev).cpu(), make_grid(cells, num_columns=len(columns))
+        shown = [round(i * (num_steps - 1) / (STRIP_STEPS - 1)) for i in range(STRIP_STEPS)]
+        shown = sorted(set(shown))
+        ranks = TrainerRanks(trainer)
+        share = ranks.share(range(self.num_images))
+        # [images, steps, x_t and pred_x_0, C, H, W]
+        chains = torch.empty(0, len(shown), 2, *pl_module.image_shape, dtype=torch.uint8)
+        images = torch.empty(0, *pl_module.image_shape, dtype=torch.uint8)
+        if share:
+            columns: list[Tensor] = []
+            step = None
+            num_chains = len(range(STRIP_IMAGES)[share.start : share.stop])
+            for index, step in enumerate(pl_module.denoise(share, self.sampler)):
+                if index in shown:
+                    pair = torch.stack([step.x_prev, step.pred_x_0], dim=1)[:num_chains]
+                    columns.append(to_uint8(pair).cpu())
+            assert step is not None
+            chains, images = torch.stack(columns, dim=1), to_uint8(step.x_prev).cpu()
+        images, chains = (
+            ranks.concatenate(rows.flatten(1)).reshape(-1, *rows.shape[1:])
+            for rows in (images, chains)
+        )
+        # a row of steps for x_t and one for pred_x_0, image by image
+        cells = chains.transpose(1, 2).flatten(0, 2)
+        return images, make_grid(cells, num_columns=len(shown))
 
 
 def _channel_scalars(trainer: Trainer, images: Tensor) -> dict[str, float]:

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.peers import end_with_parent
 
 logger = logging.getLogger("ddpm_lightning")
 
@@ -34,6 +35,7 @@ def run_command(command: Callable[[], object]) -> int:
         The status: the command's own where it gives one; 130 where Ctrl-C stopped it.
     """
     _set_up_output()
+    end_with_parent()
     try:
         result = command()
     except (InputError, MisconfigurationException) as error:
@@ -72,6 +74,8 @@ def _set_up_output() -> None:
     # Lightning's notes on devices and its advertisements
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # but it must say which rank has died before it kills the others
+    logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)
     for message in (
         r".*does not have many workers.*",  # images come from a memory map, faster than workers
         r".*your dataloader is not resumable.*",  # it starts at trainer.global_step

@@ -1,0 +1,56 @@
+"""All ranks end where one has died."""
+
+import logging
+import os
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from ddpm_lightning.peers import Centre, Spoke
+
+logger = logging.getLogger("ddpm_lightning")
+
+
+class Together(Callback):
+    """End this rank with an error where another has died, instead of waiting for its time-out.
+
+    Lightning sees only the processes that it started itself, and torchrun only those of one node.
+    """
+
+    def __init__(self) -> None:
+        self._peer: Centre | Spoke | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin to watch; the ranks have found each other by now."""
+        if trainer.world_size == 1:
+            return
+        if trainer.is_global_zero:
+            centre = self._peer = Centre(os.environ["MASTER_ADDR"])
+            trainer.strategy.broadcast(centre.invitation)
+            return
+        invitation: Any = trainer.strategy.broadcast(None)
+        try:
+            self._peer = Spoke(trainer.global_rank, invitation)
+        except OSError as error:
+            logger.warning(
+                "rank %d cannot reach rank 0 at port %d of %s (%s): should one of the two die, the "
+                "other may wait for the time-out of the process group",
+                *(trainer.global_rank, invitation[1], " or ".join(invitation[0]), error),
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave: all is done."""
+        self._leave()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave where this end was asked for: the others are ending in their own time."""
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._peer is not None:
+            self._peer.leave()
+            self._peer = None
