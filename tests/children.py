@@ -98,3 +98,19 @@ class MortalUNet(BufferedUNet):
                 raise RuntimeError("one rank alone fails")
             case status:
                 sys.exit(int(status))
+
+
+class SlowUNet(BufferedUNet):
+    """Takes its time, so that a signal comes in the middle of a run."""
+
+    def __init__(
+        self,
+        base_channels: int = 32,
+        channel_mults: Sequence[int] = (1,),
+        attention_levels: Sequence[int] = (),
+    ) -> None:
+        super().__init__(base_channels, channel_mults, attention_levels)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        time.sleep(0.2)
+        return super().forward(x, t)

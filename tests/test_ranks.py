@@ -1,5 +1,6 @@
 """Weights, curves and samples do not depend on the number of processes that make them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.children import Seen, seen
-from tests.processes import NETWORK, TRAINER, Job, two_nodes
+from tests.processes import NETWORK, TORCHRUN, TRAINER, Job, two_nodes
 from tests.training import BufferedUNet, assert_same, fit_here, flat_state, load, scalars
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
@@ -180,3 +181,66 @@ def test_samples_do_not_depend_on_ranks(
     few = ["sample", checkpoint, "--num_images", "2", "--num_steps", "2", "--accelerator", "cpu"]
     launch(tmp_path, pictures, *few, "--devices", "2", "--out", "few")
     assert (tmp_path / "few" / "grid.png").exists()
+
+
+def test_ranks_with_nothing_to_do(
+    pictures: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three ranks one validates all images, and two draw and judge one each."""
+    monkeypatch.setenv("DDPM_LIGHTNING_CACHE", str(cache))
+    one, three = tmp_path / "one", tmp_path / "three"
+    few = {"data.batch_size": 24, "samples.num_images": 2, "fid.num_images": 2, "fid.num_steps": 2}
+    few |= {"fid.every_n_steps": 1, "samples.every_n_steps": 1, "trainer.callbacks": "[]"}
+    more = [text for key, value in few.items() for text in (f"--{key}", str(value))]
+    line = {"max_steps": 1, "val_check_interval": 1, "log_every_n_steps": 1}
+    fit_here(*options(pictures, one, "32-true", **line), *more)
+    line |= {"devices": 3, "strategy": "ddp"}
+    launch(tmp_path, pictures, "fit", *options(pictures, three, "32-true", **line), *more)
+    for tag in ("val/loss", "val/loss_ema", "train/loss", "fd_efficientnet-lite0_2/ema"):
+        assert scalars(three, tag) == pytest.approx(scalars(one, tag), rel=1e-5), tag
+    grids = [Image.open(run / "samples" / "step=1.png") for run in (one, three)]
+    assert np.array_equal(*map(np.asarray, grids))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", [NETWORK])
+def test_commands_on_nodes_give_the_same(
+    network: str, pictures: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torchrun on two nodes, by torchrun on one, and by the Trainer on more ranks than images."""
+    monkeypatch.setenv("DDPM_LIGHTNING_CACHE", str(cache))
+    fit_here(*options(pictures, tmp_path / "run", "32-true", max_steps=4))
+    checkpoint = "run/checkpoints/step=4.ckpt"
+    on_cpu = ("--accelerator", "cpu", "--num_steps", "5", "--batch_size", "4")
+    judging = ("--extractor", "efficientnet-lite0", "--reference", str(pictures))
+    sample = ("sample", checkpoint, *on_cpu)
+    fid = ("fid", checkpoint, *on_cpu, *judging, "--metrics", "fd,kid")
+    for command in ((*sample, "--num_images", "7"), (*fid, "--num_images", "7")):
+        name = command[0]
+        launch(tmp_path, pictures, *command, "--devices", "1", "--out", f"{name}-one")
+        nodes = ("--num_nodes", "2", "--devices", "1", "--out", f"{name}-nodes")
+        with two_nodes(tmp_path, pictures, *command, *nodes) as jobs:
+            for job in jobs:
+                job.succeed()
+        two = ("--devices", "2", "--out", f"{name}-torchrun")
+        with Job(tmp_path, pictures, *TORCHRUN, *command, *two) as job:
+            job.succeed()
+    images = {path.name: np.asarray(Image.open(path)) for path in tmp_path.glob("sample-one/*.png")}
+    assert len(images) == 8
+    for other in ("nodes", "torchrun"):
+        for name, image in images.items():
+            theirs = np.asarray(Image.open(tmp_path / f"sample-{other}" / name))
+            assert np.array_equal(theirs, image), name
+    values = {out: metrics_of(tmp_path / f"fid-{out}") for out in ("one", "nodes", "torchrun")}
+    assert values["nodes"] == pytest.approx(values["one"], rel=1e-6)
+    assert values["torchrun"] == pytest.approx(values["one"], rel=1e-6)
+    for command in ((*sample, "--num_images", "1"), (*fid, "--num_images", "2")):
+        launch(tmp_path, pictures, *command, "--devices", "3", "--out", f"{command[0]}-few")
+    assert (tmp_path / "sample-few" / "grid.png").exists()
+    assert metrics_of(tmp_path / "fid-few")
+
+
+def metrics_of(folder: Path) -> dict[str, float]:
+    """The distances of the only record in a folder; spreads of subsets are rounding here."""
+    metrics = json.loads((folder / "record.json").read_text())["metrics"]
+    return {name: value for name, value in metrics.items() if not name.endswith("_std")}

@@ -111,32 +111,36 @@ class Samples(Callback):
         All ranks must call, and get both. Rank 0 alone would let the others wait for longer than
         their time-out, where images are large and chains long.
         """
-        assert pl_module.image_shape is not None
-        num_steps = self.sampler.count_steps(pl_module.process)
-        shown = [round(i * (num_steps - 1) / (STRIP_STEPS - 1)) for i in range(STRIP_STEPS)]
-        shown = sorted(set(shown))
         ranks = TrainerRanks(trainer)
-        share = ranks.share(range(self.num_images))
-        # [images, steps, x_t and pred_x_0, C, H, W]
-        chains = torch.empty(0, len(shown), 2, *pl_module.image_shape, dtype=torch.uint8)
-        images = torch.empty(0, *pl_module.image_shape, dtype=torch.uint8)
-        if share:
-            columns: list[Tensor] = []
-            step = None
-            num_chains = len(range(STRIP_IMAGES)[share.start : share.stop])
-            for index, step in enumerate(pl_module.denoise(share, self.sampler)):
-                if index in shown:
-                    pair = torch.stack([step.x_prev, step.pred_x_0], dim=1)[:num_chains]
-                    columns.append(to_uint8(pair).cpu())
-            assert step is not None
-            chains, images = torch.stack(columns, dim=1), to_uint8(step.x_prev).cpu()
         images, chains = (
             ranks.concatenate(rows.flatten(1)).reshape(-1, *rows.shape[1:])
-            for rows in (images, chains)
+            for rows in self._sample_share(pl_module, ranks.share(range(self.num_images)))
         )
         # a row of steps for x_t and one for pred_x_0, image by image
         cells = chains.transpose(1, 2).flatten(0, 2)
-        return images, make_grid(cells, num_columns=len(shown))
+        return images, make_grid(cells, num_columns=chains.shape[1])
+
+    def _sample_share(self, pl_module: DDPM, seeds: range) -> tuple[Tensor, Tensor]:
+        """Sample some of the images, of which there may be none.
+
+        Returns:
+            Images, uint8 [N, C, H, W], and of those that the strip shows the way there, uint8
+            [<= N, steps, 2, C, H, W]: x_t and pred_x_0.
+        """
+        assert pl_module.image_shape is not None
+        num_steps = self.sampler.count_steps(pl_module.process)
+        shown = {round(i * (num_steps - 1) / (STRIP_STEPS - 1)) for i in range(STRIP_STEPS)}
+        num_chains = len(range(STRIP_IMAGES)[seeds.start : seeds.stop])
+        images = torch.empty(0, *pl_module.image_shape, dtype=torch.uint8)
+        columns = [images.new_empty(0, 2, *pl_module.image_shape)] * len(shown)
+        if seeds:
+            columns = []
+            for index, step in enumerate(pl_module.denoise(seeds, self.sampler)):
+                if index in shown:
+                    pair = torch.stack([step.x_prev, step.pred_x_0], dim=1)[:num_chains]
+                    columns.append(to_uint8(pair).cpu())
+            images = to_uint8(step.x_prev).cpu()
+        return images, torch.stack(columns, dim=1)
 
 
 def _channel_scalars(trainer: Trainer, images: Tensor) -> dict[str, float]:
