@@ -227,8 +227,9 @@ def test_two_processes_judge_as_one(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY.format(source=pictures))
     line = (
         "fit --config tiny.yaml --trainer.max_steps 2 --samples.every_n_steps 2 "
-        "--samples.num_images 5 --fid.every_n_steps 2 --fid.num_images 7 --fid.num_steps 2 --fid.metrics [fd,kid] "
-        "--fid.batch_size 2 --model.optimizer torch.optim.SGD --model.optimizer.lr 0"
+        "--samples.num_images 5 --fid.every_n_steps 2 --fid.num_images 7 --fid.num_steps 2 "
+        "--fid.metrics [fd,kid] --fid.batch_size 2 "
+        "--model.optimizer torch.optim.SGD --model.optimizer.lr 0"
     )
     values, pictures_of = [], []
     for devices in (1, 2):

@@ -46,9 +46,17 @@ class Together(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave where this end was asked for: the others are ending in their own time."""
+        """Leave where this end was asked for: the others are ending in their own time.
+
+        Raises:
+            RuntimeError: This rank exits with status 0, which looks to launchers as if it had done.
+        """
         if isinstance(exception, KeyboardInterrupt | SIGTERMException):
             self._leave()
+        elif isinstance(exception, SystemExit) and not exception.code and self._peer is not None:
+            raise RuntimeError(
+                f"rank {trainer.global_rank} exits in the middle of its work"
+            ) from exception
 
     def _leave(self) -> None:
         if self._peer is not None:
