@@ -109,14 +109,23 @@ def _can_make_namespaces() -> bool:
 NETWORK = "network_namespaces" if _can_make_namespaces() else "loopback"
 
 
+def _names() -> tuple[list[str], list[str]]:
+    return [f"ddpm-{os.getpid()}-{n}" for n in range(2)], [f"dl{os.getpid()}-{n}" for n in range(2)]
+
+
+def cut_cable() -> None:
+    """Let the two nodes hear nothing more of each other."""
+    for name, cable in zip(*_names(), strict=True):
+        assert _ip("-n", name, "link", "set", cable, "down")
+
+
 @contextmanager
 def _namespaces() -> Iterator[tuple[list[tuple[str, ...]], list[str]]]:
     """Two machines as far as the network knows, with a cable between them.
 
     Gives what runs a command in each, and the cable's name there.
     """
-    names = [f"ddpm-{os.getpid()}-{node}" for node in range(2)]
-    cables = [f"dl{os.getpid()}-{node}" for node in range(2)]
+    names, cables = _names()
     try:
         for name in names:
             assert _ip("netns", "add", name)
@@ -138,6 +147,7 @@ def two_nodes(
     pictures: Path,
     *arguments: object,
     environment: dict[str, str] | None = None,
+    max_restarts: int = 0,
 ) -> Iterator[list[Job]]:
     """Start a command by torchrun on two nodes of one rank each (see NETWORK)."""
     with ExitStack() as stack:
@@ -153,6 +163,7 @@ def two_nodes(
             torchrun = (
                 *("-m", "torch.distributed.run", "--nnodes", 2, "--node_rank", node),
                 *("--nproc_per_node", 1, "--master_addr", master, "--master_port", port),
+                *("--max_restarts", max_restarts),
             )
             job = Job(
                 folder,

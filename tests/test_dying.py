@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.children import MortalUNet
-from tests.processes import NETWORK, TORCHRUN, TRAINER, Job, two_nodes
+from tests.children import MortalUNet, SlowUNet
+from tests.processes import NETWORK, TORCHRUN, TRAINER, Job, cut_cable, two_nodes
 from tests.training import assert_same_training, fit_here, load, scalars
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
@@ -121,22 +121,67 @@ def test_any_death_ends_a_command(
         assert "RuntimeError: one rank alone fails" in output
 
 
+def train_undisturbed(folder: Path, pictures: Path) -> Path:
+    """What a run of two ranks that nothing happens to ends with."""
+    plain = folder / "plain"
+    line = options(pictures, plain, **TWO_RANKS | {"max_steps": 10})
+    with Job(folder, pictures, *TRAINER, "fit", *line) as job:
+        job.succeed()
+    return plain
+
+
+def assert_went_on(run: Path, plain: Path, mark: Path, output: str) -> None:
+    assert mark.exists()
+    assert output.count(f"run: {run}\n") == 3  # at both starts, and at the end
+    assert_same_training(*(path / "checkpoints" / "last.ckpt" for path in (run, plain)))
+    for tag in ("train/loss", "train/lr"):
+        assert scalars(run, tag) == scalars(plain, tag)
+    assert [path.name for path in run.glob("*.yaml")] == ["config.yaml"]
+
+
 @pytest.mark.parametrize("at", [6, pytest.param(1, marks=pytest.mark.slow)])
 def test_torchrun_goes_on_after_a_death(at: int, pictures: Path, tmp_path: Path) -> None:
     """Bit for bit; in the first step there is no checkpoint yet, but another run's folder."""
-    plain, killed, mark = (tmp_path / name for name in ("plain", "killed", "mark"))
-    line = {"max_steps": 10, "devices": 2, "strategy": "ddp"}
-    with Job(tmp_path, pictures, *TRAINER, "fit", *options(pictures, plain, **line)) as job:
-        job.succeed()
-    arguments = ("fit", *options(pictures, killed, **line), "--ckpt_path", "auto")
-    launcher = (*TORCHRUN[:-2], "--max_restarts", "3", *TORCHRUN[-2:])
+    killed, mark = tmp_path / "killed", tmp_path / "mark"
+    plain = train_undisturbed(tmp_path, pictures)
+    line = options(pictures, killed, **TWO_RANKS | {"max_steps": 10})
+    launcher = (*TORCHRUN[:-2], "--max_restarts", "3", *TORCHRUN[-2:], "fit")
     environment = fate(mark, rank=1, how="kill", at=at, busy=False)
-    with Job(tmp_path, pictures, *launcher, *arguments, environment=environment) as job:
+    arguments = (*launcher, *line, "--ckpt_path", "auto")
+    with Job(tmp_path, pictures, *arguments, environment=environment) as job:
         output = job.succeed()
-    assert mark.exists()
-    assert output.count(f"run: {killed}\n") == 3  # at both starts, and at the end
-    assert_same_training(*(run / "checkpoints" / "last.ckpt" for run in (killed, plain)))
-    for tag in ("train/loss", "train/lr"):
-        assert scalars(killed, tag) == scalars(plain, tag)
-    assert [path.name for path in killed.glob("*.yaml")] == ["config.yaml"]
+    assert_went_on(killed, plain, mark, output)
     assert {path.name for path in tmp_path.iterdir()} == {"plain", "killed", "mark"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("network", [NETWORK])
+def test_two_nodes_go_on_after_a_death(
+    network: str, rank: int, pictures: Path, tmp_path: Path
+) -> None:
+    """Although the other node's rank does not notice by itself."""
+    killed, mark = tmp_path / "killed", tmp_path / "mark"
+    plain = train_undisturbed(tmp_path, pictures)
+    line = [*options(pictures, killed, max_steps=10, num_nodes=2, devices=1), "--ckpt_path", "auto"]
+    environment = fate(mark, rank, how="kill", at=6)
+    with two_nodes(
+        tmp_path, pictures, "fit", *line, environment=environment, max_restarts=3
+    ) as jobs:
+        outputs = [job.succeed() for job in jobs]
+    assert_went_on(killed, plain, mark, "".join(outputs))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NETWORK == "loopback", reason="needs network namespaces, and so root")
+def test_a_node_that_falls_silent_ends_the_job(pictures: Path, tmp_path: Path) -> None:
+    """As one without power does: it closes nothing."""
+    line = options(pictures, tmp_path / "run", max_steps=1000, num_nodes=2, devices=1)
+    line += ["--model.net", f"{SlowUNet.__module__}.{SlowUNet.__name__}"]
+    with two_nodes(tmp_path, pictures, "fit", *line) as jobs:
+        jobs[0].wait_for(tmp_path / "run" / "checkpoints" / "last.ckpt")
+        cut_cable()
+        for rank, job in enumerate(jobs):
+            output = job.output(timeout=60)
+            assert job.process.returncode != 0, output
+            assert f"error: rank {1 - rank} has died" in output
