@@ -4,8 +4,10 @@ from ddpm_lightning.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
 from ddpm_lightning.callbacks.curves import Curves
 from ddpm_lightning.callbacks.ema import EMA
 from ddpm_lightning.callbacks.fid import FID
+from ddpm_lightning.callbacks.nonfinite import Nonfinite
 from ddpm_lightning.callbacks.progress import Progress
 from ddpm_lightning.callbacks.samples import Samples
+from ddpm_lightning.callbacks.signals import Signals
 from ddpm_lightning.callbacks.together import Together
 
 __all__ = [
@@ -14,7 +16,9 @@ __all__ = [
     "AtomicCheckpointIO",
     "Checkpoints",
     "Curves",
+    "Nonfinite",
     "Progress",
     "Samples",
+    "Signals",
     "Together",
 ]

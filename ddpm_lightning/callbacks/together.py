@@ -5,8 +5,8 @@ import os
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from ddpm_lightning.errors import Stopped
 from ddpm_lightning.peers import Centre, Spoke
 
 logger = logging.getLogger("ddpm_lightning")
@@ -51,7 +51,7 @@ class Together(Callback):
         Raises:
             RuntimeError: This rank exits with status 0, which looks to launchers as if it had done.
         """
-        if isinstance(exception, KeyboardInterrupt | SIGTERMException):
+        if isinstance(exception, KeyboardInterrupt | Stopped):
             self._leave()
         elif isinstance(exception, SystemExit) and not exception.code and self._peer is not None:
             raise RuntimeError(
