@@ -6,6 +6,8 @@ time-out of a collective is 30 minutes, since some waits are meant. So every ran
 to rank 0, which the kernel closes when a process ends, in whatever way. Rank 0 tells the others.
 """
 
+import json
+import logging
 import os
 import secrets
 import selectors
@@ -13,10 +15,22 @@ import socket
 import sys
 import threading
 import time
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from datetime import timedelta
+
+from ddpm_lightning.errors import Stopped
+
+logger = logging.getLogger("ddpm_lightning")
 
 GRACE_SECONDS = 8.0
 """What a rank is given to end by itself: its own error says more than that another has died."""
+
+MEETING_TIME = timedelta(minutes=5)
+"""What torchrun's ranks are given to start; where its agent ends before, they are told at once."""
+
+Invitation = tuple[list[str], int, str]
+"""Addresses of rank 0, its port, and the word by which the ranks know each other."""
 
 TOKEN_BYTES = 16
 LEAVES = b"."
@@ -43,6 +57,68 @@ def end_with_parent() -> None:
         threading.Thread(target=watch, daemon=True, name="parent").start()
 
 
+@contextmanager
+def watched_by_torchruns_ranks() -> Iterator[None]:
+    """Watch the others from the start, where torchrun has started them; otherwise do nothing.
+
+    A rank may die before there is a process group: data or a checkpoint may be missing on one
+    machine alone. The ranks of the others would wait for it for 30 minutes.
+    """
+    peer = _meet_at_agent()
+    try:
+        yield
+    except (KeyboardInterrupt, Stopped):  # the others are ending in their own time
+        _leave(peer)
+        raise
+    _leave(peer)
+
+
+def watch_each_other_already() -> bool:
+    """Tell whether the ranks do so from the start."""
+    return _MET in os.environ
+
+
+_MET = "DDPM_LIGHTNING_RANKS_MET"
+
+
+def _meet_at_agent() -> "Centre | Spoke | None":
+    """Find rank 0 by the store of torchrun's agent, which is there before any rank."""
+    uses_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not uses_agent or os.environ["WORLD_SIZE"] == "1":
+        return None
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # is there all the same
+
+    os.environ[_MET] = ""
+    rank, master = int(os.environ["RANK"]), os.environ["MASTER_ADDR"]
+    store = TCPStore(master, int(os.environ["MASTER_PORT"]), timeout=MEETING_TIME)
+    # the store outlives those that are restarted
+    key = f"ddpm_lightning/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    if rank == 0:
+        centre = Centre(master)
+        store.set(key, json.dumps(centre.invitation))
+        return centre
+    return join(rank, json.loads(store.get(key)))
+
+
+def join(rank: int, invitation: Invitation) -> "Spoke | None":
+    """Let a rank watch rank 0, and be watched; it is told where that cannot be."""
+    try:
+        return Spoke(rank, invitation)
+    except OSError as error:
+        addresses, port, _ = invitation
+        logger.warning(
+            "rank %d cannot reach rank 0 at port %d of %s (%s): should one of the two die, the "
+            "other may wait for the time-out of the process group",
+            *(rank, port, " or ".join(addresses), error),
+        )
+        return None
+
+
+def _leave(peer: "Centre | Spoke | None") -> None:
+    if peer is not None:
+        peer.leave()
+
+
 class Centre:
     """Rank 0's part: it hears all the others, and ends this process where one dies.
 
@@ -66,9 +142,9 @@ class Centre:
         threading.Thread(target=self._watch, daemon=True, name="peers").start()
 
     @property
-    def invitation(self) -> tuple[list[str], int, bytes]:
+    def invitation(self) -> Invitation:
         """What `Spoke` needs."""
-        return self._addresses, self._port, self._token
+        return self._addresses, self._port, self._token.hex()
 
     def leave(self) -> None:
         """Have done: watch no more, and tell the others that all is well."""
@@ -125,9 +201,10 @@ class Spoke:
         OSError: Rank 0 cannot be reached.
     """
 
-    def __init__(self, rank: int, invitation: tuple[list[str], int, bytes]) -> None:
+    def __init__(self, rank: int, invitation: Invitation) -> None:
         self._has_left = threading.Event()
-        self._connection = self._connect(rank, *invitation)
+        addresses, port, token = invitation
+        self._connection = self._connect(rank, addresses, port, bytes.fromhex(token))
         threading.Thread(target=self._watch, daemon=True, name="peers").start()
 
     @staticmethod

@@ -59,7 +59,8 @@ def seen(run: Path) -> dict[str, Tensor]:
 class MortalUNet(BufferedUNet):
     """Dies in the middle of its work, once, where the environment says so.
 
-    DIE_AT is the number of the forward pass, DIE_RANK whose, DIE_HOW in which way, and DIE_MARK a
+    DIE_AT is the number of the forward pass (0: when the network is made, before torchrun's ranks
+    have found each other), DIE_RANK whose, DIE_HOW in which way, and DIE_MARK a
     file that is then made. With DIE_BUSY the other ranks are busy for ever from that pass on: as
     if they were in a collective whose backend does not notice.
     """
@@ -72,18 +73,20 @@ class MortalUNet(BufferedUNet):
     ) -> None:
         super().__init__(base_channels, channel_mults, attention_levels)
         self._num_passes = 0
+        if os.environ.get("DIE_AT") == "0":
+            self._meet_fate(Path(os.environ["DIE_MARK"]), int(os.environ["RANK"]))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         mark = os.environ.get("DIE_MARK")
         if mark is not None and not x.is_meta:
             self._num_passes += 1
             if self._num_passes == int(os.environ["DIE_AT"]):
-                self._meet_fate(Path(mark))
+                self._meet_fate(Path(mark), torch.distributed.get_rank())
         return super().forward(x, t)
 
     @staticmethod
-    def _meet_fate(mark: Path) -> None:
-        if torch.distributed.get_rank() != int(os.environ["DIE_RANK"]):
+    def _meet_fate(mark: Path, rank: int) -> None:
+        if rank != int(os.environ["DIE_RANK"]):
             if "DIE_BUSY" in os.environ:
                 time.sleep(600)
             return

@@ -72,15 +72,16 @@ def test_a_killed_rank_ends_the_job(pictures: Path, tmp_path: Path) -> None:
     assert load(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 2
 
 
+@pytest.mark.parametrize("at", [0, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("network", [NETWORK])
 def test_a_rank_killed_on_another_node_ends_the_job(
-    network: str, pictures: Path, tmp_path: Path
+    network: str, at: int, pictures: Path, tmp_path: Path
 ) -> None:
     """Neither torchrun's agents nor Lightning see the death from the other node; we do."""
     run, mark = tmp_path / "run", tmp_path / "died"
     arguments = options(pictures, run, max_steps=20, num_nodes=2, devices=1)
     with two_nodes(
-        tmp_path, pictures, "fit", *arguments, environment=fate(mark, rank=1, how="kill")
+        tmp_path, pictures, "fit", *arguments, environment=fate(mark, rank=1, how="kill", at=at)
     ) as (first, second):
         assert "SIGKILL" in assert_ends(second, mark)
         assert "error: rank 1 has died" in assert_ends(first, mark)

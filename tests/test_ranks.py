@@ -134,8 +134,13 @@ def test_two_nodes_train_as_one(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_training_does_not_depend_on_four_ranks(
-    pictures: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    accumulate: int,
+    pictures: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DDPM_LIGHTNING_CACHE", str(cache))
     for precision, tolerance in {"32-true": 1e-5, "64-true": 1e-12}.items():
@@ -151,7 +156,7 @@ def test_training_does_not_depend_on_four_ranks(
                 precision,
                 devices=4,
                 strategy="ddp",
-                accumulate_grad_batches=2,
+                accumulate_grad_batches=accumulate,
             ),
         )
         assert_equal_runs(ranks, one, tolerance)

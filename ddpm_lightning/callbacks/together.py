@@ -1,15 +1,12 @@
 """All ranks end where one has died."""
 
-import logging
 import os
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ddpm_lightning.errors import Stopped
-from ddpm_lightning.peers import Centre, Spoke
-
-logger = logging.getLogger("ddpm_lightning")
+from ddpm_lightning.peers import Centre, Spoke, join, watch_each_other_already
 
 
 class Together(Callback):
@@ -23,21 +20,14 @@ class Together(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin to watch; the ranks have found each other by now."""
-        if trainer.world_size == 1:
+        if trainer.world_size == 1 or watch_each_other_already():
             return
         if trainer.is_global_zero:
             centre = self._peer = Centre(os.environ["MASTER_ADDR"])
             trainer.strategy.broadcast(centre.invitation)
-            return
-        invitation: Any = trainer.strategy.broadcast(None)
-        try:
-            self._peer = Spoke(trainer.global_rank, invitation)
-        except OSError as error:
-            logger.warning(
-                "rank %d cannot reach rank 0 at port %d of %s (%s): should one of the two die, the "
-                "other may wait for the time-out of the process group",
-                *(trainer.global_rank, invitation[1], " or ".join(invitation[0]), error),
-            )
+        else:
+            invitation: Any = trainer.strategy.broadcast(None)
+            self._peer = join(trainer.global_rank, invitation)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave: all is done."""
@@ -53,7 +43,7 @@ class Together(Callback):
         """
         if isinstance(exception, KeyboardInterrupt | Stopped):
             self._leave()
-        elif isinstance(exception, SystemExit) and not exception.code and self._peer is not None:
+        elif isinstance(exception, SystemExit) and not exception.code and trainer.world_size > 1:
             raise RuntimeError(
                 f"rank {trainer.global_rank} exits in the middle of its work"
             ) from exception

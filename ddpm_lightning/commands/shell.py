@@ -12,7 +12,7 @@ from types import FrameType
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ddpm_lightning.errors import InputError, Stopped
-from ddpm_lightning.peers import end_with_parent
+from ddpm_lightning.peers import end_with_parent, watched_by_torchruns_ranks
 
 logger = logging.getLogger("ddpm_lightning")
 
@@ -48,7 +48,8 @@ def run_command(command: Callable[[], object]) -> int:
     # the callback Signals takes both over.
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        result = command()
+        with watched_by_torchruns_ranks():
+            result = command()
     except (InputError, MisconfigurationException) as error:
         return _fail(str(error))
     except Stopped as stopped:
