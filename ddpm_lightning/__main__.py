@@ -23,6 +23,8 @@ COMMANDS = {
         "turn images into noise and back, with DDIM",
     ),
     "fid": ("ddpm_lightning.commands.fid:main", "judge checkpoints or images: FID, KID, IS, P&R"),
+    "compress": ("ddpm_lightning.commands.compress:main", "an image to few bits with a checkpoint"),
+    "decompress": ("ddpm_lightning.commands.decompress:main", "and back, or any beginning of them"),
 }
 
 HELP = """usage: python -m ddpm_lightning COMMAND [OPTIONS]

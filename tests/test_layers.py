@@ -16,7 +16,7 @@ ORDER = [
     ("errors",),
     ("randomness", "images", "runs", "peers"),
     ("networks", "diffusion", "data", "checkpoints"),
-    ("samplers", "nonfinite"),
+    ("samplers", "nonfinite", "coding"),
     ("module",),
     ("metrics", "interop"),
     ("callbacks",),

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -69,6 +70,18 @@ def run_command(command: Callable[[], object]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     return result if isinstance(result, int) else 0
+
+
+def new_file(path: str | Path) -> Path:
+    """Give the path of a file that a command will write; its folder may have to be made.
+
+    Raises:
+        InputError: There is something already.
+    """
+    path = Path(path)
+    if path.exists():
+        raise InputError(f"--out {path}: exists, and nothing is overwritten; choose another")
+    return path
 
 
 @contextmanager
