@@ -16,6 +16,7 @@ from ddpm_lightning.callbacks import (
     AtomicCheckpointIO,
     Checkpoints,
     Curves,
+    Likelihood,
     Nonfinite,
     Progress,
     Samples,
@@ -128,6 +129,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(FID, "fid")
+        parser.add_lightning_class_args(Likelihood, "likelihood")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.set_defaults({"model.net": {"class_path": "ddpm_lightning.networks.UNet"}})
         for part in ("model", "data"):

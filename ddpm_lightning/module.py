@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,6 +18,7 @@ from ddpm_lightning import checkpoints
 from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.data.datamodule import Batch
 from ddpm_lightning.diffusion.combinations import Loss, Weighting
+from ddpm_lightning.diffusion.likelihood import Bound, bound_terms
 from ddpm_lightning.diffusion.objectives import Objective
 from ddpm_lightning.diffusion.process import Prediction, Process, Variance
 from ddpm_lightning.diffusion.schedules import Schedule, make_betas, rescale_to_zero_snr
@@ -29,7 +32,7 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import to_float, to_uint8
 from ddpm_lightning.nonfinite import BadSteps, OnNonfinite, leave_out
 from ddpm_lightning.randomness import NUM_SEEDS, NoiseStreams, Stream, hash_indices, to_device
-from ddpm_lightning.samplers import Sampler, SamplerName, Step, make_sampler
+from ddpm_lightning.samplers import Draw, Sampler, SamplerName, Step, make_sampler
 
 VALIDATION_SEED = 20200619
 """Keys validation's t and noise: the same in every run, so that curves can be compared."""
@@ -247,19 +250,19 @@ class DDPM(LightningModule):
             raise InputError("image_shape is not known yet: give it to DDPM, or fit first")
         if not all(0 <= seed < NUM_SEEDS for seed in seeds):
             raise InputError(f"seeds must lie in 0..{NUM_SEEDS - 1}")
-        # On the CPU, so that a seed means the same picture on any kind of device.
-        streams = NoiseStreams(seeds, torch.device("cpu"), self.device.type == "cuda")
-        shape = self.image_shape
-
-        def draw() -> Tensor:
-            return to_device(streams.normal(shape), self.device).to(self._noising_dtype)
-
+        draw = self._draws(seeds, self.image_shape)
         was_training = self.net.training
         self.net.eval()
         try:
             yield from sampler(self, self.process, draw)
         finally:
             self.net.train(was_training)
+
+    def _draws(self, seeds: Sequence[int] | NDArray[np.uint64], shape: Sequence[int]) -> Draw:
+        """Make the function whose k-th call gives the k-th draw of each seed."""
+        # On the CPU, so that a seed means the same picture on any kind of device.
+        streams = NoiseStreams(seeds, torch.device("cpu"), self.device.type == "cuda")
+        return lambda: to_device(streams.normal(shape), self.device).to(self._noising_dtype)
 
     # --- images to loss ------------------------------------------------------------------------
 
@@ -294,6 +297,29 @@ class DDPM(LightningModule):
         noise_seeds = hash_indices(seed, Stream.NOISE, batch.positions)
         noise = NoiseStreams(noise_seeds, self.device).normal(x_0.shape[1:]).to(x_0.dtype)
         return self._objective(self, x_0, t, noise), t
+
+    def bound(
+        self,
+        batch: Batch,
+        process: Process | None = None,
+        seed: int = VALIDATION_SEED,
+        after_step: Callable[[], object] | None = None,
+    ) -> Bound:
+        """Take all terms of the variational bound of each image; no random state is touched.
+
+        Args:
+            batch: Images uint8 [N, C, H, W]. The noise of each is a function of (seed, position)
+                and the place of t in the process, not of the other images.
+            process: This module's, respaced; all its timesteps when None.
+            seed: The noise's other key.
+            after_step: Called after each t.
+
+        Returns:
+            The bound's parts in bits/dim, in the mode in which the network is.
+        """
+        x_0 = to_float(batch.images.to(self.device), self._noising_dtype)
+        draw = self._draws(hash_indices(seed, Stream.NOISE, batch.positions), x_0.shape[1:])
+        return bound_terms(self, process or self.process, x_0, draw, after_step=after_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Give the loss, and its parts for the callbacks: `losses`, `t` and `weights`, each [N]."""

@@ -4,6 +4,7 @@ from ddpm_lightning.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
 from ddpm_lightning.callbacks.curves import Curves
 from ddpm_lightning.callbacks.ema import EMA
 from ddpm_lightning.callbacks.fid import FID
+from ddpm_lightning.callbacks.likelihood import Likelihood
 from ddpm_lightning.callbacks.nonfinite import Nonfinite
 from ddpm_lightning.callbacks.progress import Progress
 from ddpm_lightning.callbacks.samples import Samples
@@ -16,6 +17,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "Checkpoints",
     "Curves",
+    "Likelihood",
     "Nonfinite",
     "Progress",
     "Samples",

@@ -33,7 +33,12 @@ from ddpm_lightning.metrics.judge import (
     metric_names,
     warnings_of,
 )
-from ddpm_lightning.metrics.record import describe_sampler, make_record, write_record
+from ddpm_lightning.metrics.record import (
+    describe_sampler,
+    make_protocol,
+    make_record,
+    write_record,
+)
 from ddpm_lightning.metrics.reference import Reference, reference_of
 from ddpm_lightning.module import DDPM
 from ddpm_lightning.samplers import SamplerName, make_sampler
@@ -231,7 +236,7 @@ class FID(Callback):
             record = make_record(
                 values,
                 self.num_images,
-                self._reference.protocol,
+                make_protocol(self.num_images, self._reference.protocol),
                 {
                     "run": trainer.default_root_dir,
                     "step": trainer.global_step,

@@ -20,7 +20,7 @@ from ddpm_lightning.commands.rows import Row
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics.features import Extractor
 from ddpm_lightning.metrics.judge import Collector, FeatureSet, Metric, evaluate, warnings_of
-from ddpm_lightning.metrics.record import Record, make_record
+from ddpm_lightning.metrics.record import Record, make_protocol, make_record
 from ddpm_lightning.metrics.reference import Reference
 
 POLL_SECONDS = 2.0
@@ -155,7 +155,7 @@ class JudgeTask(LightningModule):
         record = make_record(
             repeats.pop("mean"),
             self._num_images,
-            self._choice.protocol,
+            make_protocol(self._num_images, self._choice.protocol),
             subject,
             time.perf_counter() - start,
             self.device,
