@@ -32,7 +32,7 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import to_float, to_uint8
 from ddpm_lightning.nonfinite import BadSteps, OnNonfinite, leave_out
 from ddpm_lightning.randomness import NUM_SEEDS, NoiseStreams, Stream, hash_indices, to_device
-from ddpm_lightning.samplers import Draw, Sampler, SamplerName, Step, make_sampler
+from ddpm_lightning.samplers import Draw, Sampler, SamplerName, Start, Step, make_sampler
 
 VALIDATION_SEED = 20200619
 """Keys validation's t and noise: the same in every run, so that curves can be compared."""
@@ -219,6 +219,7 @@ class DDPM(LightningModule):
         sampler: Sampler,
         batch_size: int,
         after_step: Callable[[], object] | None = None,
+        start: Start | None = None,
     ) -> Iterator[Tensor]:
         """Yield images batch by batch, uint8 [<= batch_size, C, H, W] on the module's device.
 
@@ -227,34 +228,53 @@ class DDPM(LightningModule):
             sampler: The sampler.
             batch_size: Images at a time.
             after_step: Called after each step of a chain; what it raises ends the work.
+            start: Where in the middle of the chain to start, one x_t per seed (see `denoise`).
 
         Raises:
             InputError: A sample is not finite.
         """
-        for start in range(0, len(seeds), batch_size):
+        for first in range(0, len(seeds), batch_size):
+            part = slice(first, first + batch_size)
+            start_of = None if start is None else Start(start.x_t[part], start.t)
             step = None
             # not `*_, last`: that keeps all the steps, a thousand batches of images
-            for step in self.denoise(seeds[start : start + batch_size], sampler):  # noqa: B007
+            for step in self.denoise(seeds[part], sampler, start_of):  # noqa: B007
                 if after_step is not None:
                     after_step()
             assert step is not None
             yield finished_images(step)
 
     @torch.no_grad()
-    def denoise(self, seeds: Sequence[int], sampler: Sampler) -> Iterator[Step]:
+    def denoise(
+        self, seeds: Sequence[int], sampler: Sampler, start: Start | None = None
+    ) -> Iterator[Step]:
         """Run one batch of seeds through the reverse process, yielding every step of the chain.
 
         The network is in eval mode meanwhile. No global random state is read or changed.
+
+        Args:
+            seeds: One per image.
+            sampler: The sampler.
+            start: Where in the middle of the chain to start: the seeds give the noise of the steps
+                that are left. None starts from x_T, which is then the seeds' first draw.
         """
         if self.image_shape is None:
             raise InputError("image_shape is not known yet: give it to DDPM, or fit first")
         if not all(0 <= seed < NUM_SEEDS for seed in seeds):
             raise InputError(f"seeds must lie in 0..{NUM_SEEDS - 1}")
-        draw = self._draws(seeds, self.image_shape)
+        draw, process = self._draws(seeds, self.image_shape), self.process
+        if start is not None:
+            sampler, process = sampler.below(process, start.t)
+            # a sampler's first draw is where its chain starts
+            given, fresh = [start.x_t.to(self.device, self._noising_dtype)], draw
+
+            def draw() -> Tensor:
+                return given.pop() if given else fresh()
+
         was_training = self.net.training
         self.net.eval()
         try:
-            yield from sampler(self, self.process, draw)
+            yield from sampler(self, process, draw)
         finally:
             self.net.train(was_training)
 

@@ -9,6 +9,7 @@ from ddpm_lightning.callbacks.nonfinite import Nonfinite
 from ddpm_lightning.callbacks.progress import Progress
 from ddpm_lightning.callbacks.samples import Samples
 from ddpm_lightning.callbacks.signals import Signals
+from ddpm_lightning.callbacks.together import Together
 
 __all__ = [
     "EMA",
@@ -21,4 +22,5 @@ __all__ = [
     "Progress",
     "Samples",
     "Signals",
+    "Together",
 ]

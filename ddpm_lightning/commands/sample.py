@@ -177,8 +177,13 @@ class _Frames:
         self._index += 1
 
 
-def parse_seeds(seeds: str | None, num_images: int | None) -> list[int]:
+def parse_seeds(seeds: str | None, num_images: int | None, default: int = GRID_IMAGES) -> list[int]:
     """Read a list of seeds such as 0-63 or 3,7,100-120.
+
+    Args:
+        seeds: The list; 0, 1, ... when None.
+        num_images: How many those are.
+        default: How many, where neither is given.
 
     Raises:
         InputError: It is none, is empty, names a seed twice, or disagrees with num_images.
@@ -186,7 +191,7 @@ def parse_seeds(seeds: str | None, num_images: int | None) -> list[int]:
     if seeds is None:
         if num_images is not None and num_images < 1:
             raise InputError(f"--num_images must be at least 1, got {num_images}")
-        return list(range(num_images or GRID_IMAGES))
+        return list(range(num_images or default))
     result: list[int] = []
     for part in seeds.split(","):
         first, dash, last = part.strip().partition("-")
