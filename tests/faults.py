@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ddpm_lightning.checkpoints import load_checkpoint
-from tests.processes import assert_same_run, start_fit
+from tests.fit_process import assert_same_run, start_fit
 
 STEPS_PER_KILL = 20  # with a checkpoint at every tenth
 PATIENCE = 600  # seconds until a process does what is waited for

@@ -1,109 +1,177 @@
-"""Real processes of `fit`, and what is compared of the runs that they leave behind."""
+"""Commands in several processes: by the Trainer, by torchrun, and on two nodes."""
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-
-from lightning.pytorch import Callback, Trainer
-
-from tests.command_line import heed_interrupts
-from tests.training import assert_same_training, load, scalars
 
 ROOT = Path(__file__).parent.parent
 
-OPTIONS = {
-    "trainer.accelerator": "cpu",
-    "trainer.max_steps": 200,
-    "trainer.log_every_n_steps": 10,
-    "trainer.val_check_interval": 20,
-    "trainer.enable_progress_bar": "false",
-    "data.batch_size": 8,
-    "model.net.base_channels": 32,
-    "model.net.channel_mults": "[1]",
-    "model.net.attention_levels": "[]",
-    "model.net.dropout": 0.1,
-    "model.num_timesteps": 20,
-    "samples.every_n_steps": 0,
-    "fid.every_n_steps": 0,
-    "checkpoints.every_n_steps": 10,
-    "checkpoints.keep_every_n_steps": 30,
-}
+TRAINER = ("-m", "ddpm_lightning")
+TORCHRUN = (
+    *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+    *("-m", "ddpm_lightning"),
+)
 
 
-def start_fit(
-    folder: Path, pictures: Path, *arguments: str, told: Path | None = None
-) -> subprocess.Popen[str]:
-    """Start a run of a few seconds; its steps are told in a file, if one is given."""
-    if told is not None:
-        callback = f"{TellSteps.__module__}.{TellSteps.__name__}"
-        arguments = (*arguments, "--trainer.callbacks+", callback)
-    options = [text for key, value in OPTIONS.items() for text in (f"--{key}", str(value))]
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "ddpm_lightning", "fit", "--data.source", str(pictures)),
-            *options,
-            *arguments,
-        ],
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "DDPM_LIGHTNING_CACHE": str(pictures.parent / "cache"),
-            "TOLD": str(told),
-        },
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        preexec_fn=heed_interrupts,
-    )
+class Job:
+    """A command and all the processes that it starts; as a context it kills what is left.
 
+    Args:
+        folder: Where it runs.
+        pictures: Its data; the cache is beside them.
+        arguments: Python's own.
+        environment: More variables.
+        within: What comes before Python, such as ip netns exec NAME.
+    """
 
-class TellSteps(Callback):
-    """Tells which step a process went on from, and the one that it is at, in the file TOLD."""
+    def __init__(
+        self,
+        folder: Path,
+        pictures: Path,
+        *arguments: object,
+        environment: dict[str, str] | None = None,
+        within: tuple[str, ...] = (),
+    ) -> None:
+        self.process = subprocess.Popen(
+            [*within, sys.executable, *map(str, arguments)],
+            cwd=folder,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+                "DDPM_LIGHTNING_CACHE": str(pictures.parent / "cache"),
+                **(environment or {}),
+            },
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
-    def on_train_start(self, trainer: Trainer, *arguments: object) -> None:
-        self._file = os.open(os.environ["TOLD"], os.O_WRONLY | os.O_CREAT)
-        self._first = trainer.global_step
-        self._tell(trainer)
+    def __enter__(self) -> "Job":
+        return self
 
-    def on_train_batch_start(self, trainer: Trainer, *arguments: object) -> None:
-        self._tell(trainer)
+    def __exit__(self, *error: object) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired, ValueError):  # torchrun's are in other sessions
+            self.process.communicate(timeout=60)
 
-    def _tell(self, trainer: Trainer) -> None:
-        # in one call, so that nobody reads a half of it
-        os.pwrite(self._file, f"{self._first:9} {trainer.global_step:9}".encode(), 0)
+    def output(self, timeout: float = 240) -> str:
+        """Wait until the last of its processes has ended, and give what they wrote."""
+        return self.process.communicate(timeout=timeout)[0]
 
+    def succeed(self) -> str:
+        """The same of one that must succeed."""
+        output = self.output()
+        assert self.process.returncode == 0, output
+        return output
 
-def kill_when_there(process: subprocess.Popen[str], path: Path) -> None:
-    """Wait for a file, at most two minutes, and kill the process at once."""
-    try:
+    def wait_for(self, path: Path) -> None:
+        """Wait for a file, at most two minutes."""
         for _ in range(6000):
-            if path.exists() or process.poll() is not None:
-                break
-            time.sleep(0.02)
+            if path.exists():
+                return
+            try:
+                self.process.wait(0.02)
+            except subprocess.TimeoutExpired:
+                continue
+            break
+        assert path.exists(), self.output(60)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# --- two nodes -----------------------------------------------------------------------------------
+
+
+def _ip(*words: str) -> bool:
+    if shutil.which("ip") is None:
+        return False
+    return subprocess.run(["ip", *words], capture_output=True, check=False).returncode == 0
+
+
+def _can_make_namespaces() -> bool:
+    name = f"ddpm-try-{os.getpid()}"
+    return _ip("netns", "add", name) and _ip("netns", "del", name)
+
+
+NETWORK = "network_namespaces" if _can_make_namespaces() else "loopback"
+
+
+def _names() -> tuple[list[str], list[str]]:
+    return [f"ddpm-{os.getpid()}-{n}" for n in range(2)], [f"dl{os.getpid()}-{n}" for n in range(2)]
+
+
+def cut_cable() -> None:
+    """Let the two nodes hear nothing more of each other."""
+    for name, cable in zip(*_names(), strict=True):
+        assert _ip("-n", name, "link", "set", cable, "down")
+
+
+@contextmanager
+def _namespaces() -> Iterator[tuple[list[tuple[str, ...]], list[str]]]:
+    """Two machines as far as the network knows, with a cable between them.
+
+    Gives what runs a command in each, and the cable's name there.
+    """
+    names, cables = _names()
+    try:
+        for name in names:
+            assert _ip("netns", "add", name)
+        first, second = (("name", c, "netns", n) for c, n in zip(cables, names, strict=True))
+        assert _ip("link", "add", *first, "type", "veth", "peer", *second)
+        for node, (name, cable) in enumerate(zip(names, cables, strict=True)):
+            assert _ip("-n", name, "addr", "add", f"10.93.0.{node + 1}/24", "dev", cable)
+            assert _ip("-n", name, "link", "set", cable, "up")
+            assert _ip("-n", name, "link", "set", "lo", "up")
+        yield [("ip", "netns", "exec", name) for name in names], cables
     finally:
-        process.kill()
-    output = process.communicate(timeout=60)[0]
-    assert path.exists(), output
-    assert process.returncode == -signal.SIGKILL, output
+        for name in names:
+            _ip("netns", "del", name)
 
 
-def assert_same_run(ours: Path, theirs: Path) -> None:
-    """Two runs' checkpoints and curves are equal bit for bit, and nothing else is left behind."""
-    names = sorted(path.name for path in (theirs / "checkpoints").iterdir())
-    assert all(name.endswith(".ckpt") and not name.startswith(".") for name in names), names
-    assert sorted(path.name for path in (ours / "checkpoints").iterdir()) == names
-    for name in names:
-        assert_same_training(ours / "checkpoints" / name, theirs / "checkpoints" / name)
-    assert [path.name for path in ours.glob("*.yaml")] == ["config.yaml"]
-    num_steps = load(theirs / "checkpoints" / "last.ckpt")["global_step"]
-    # Each step of each curve is there once, and what can be equal is.
-    for tag in ("val/loss", "val/loss_ema", "train/lr", "train/grad_norm", "train/loss"):
-        curve = scalars(ours, tag)
-        assert curve == scalars(theirs, tag), tag
-        interval = 20 if tag.startswith("val") else 10
-        assert list(curve) == list(range(interval, num_steps + 1, interval))
+@contextmanager
+def two_nodes(
+    folder: Path,
+    pictures: Path,
+    *arguments: object,
+    environment: dict[str, str] | None = None,
+    max_restarts: int = 0,
+) -> Iterator[list[Job]]:
+    """Start a command by torchrun on two nodes of one rank each (see NETWORK)."""
+    with ExitStack() as stack:
+        if NETWORK == "loopback":
+            nodes: list[tuple[str, ...]] = [(), ()]
+            master, cables = "127.0.0.1", ["lo", "lo"]
+        else:
+            nodes, cables = stack.enter_context(_namespaces())
+            master = "10.93.0.1"
+        port = free_port()
+        jobs = []
+        for node, (within, cable) in enumerate(zip(nodes, cables, strict=True)):
+            torchrun = (
+                *("-m", "torch.distributed.run", "--nnodes", 2, "--node_rank", node),
+                *("--nproc_per_node", 1, "--master_addr", master, "--master_port", port),
+                *("--max_restarts", max_restarts),
+            )
+            job = Job(
+                folder,
+                pictures,
+                *(*torchrun, "-m", "ddpm_lightning", *arguments),
+                # this machine's name leads elsewhere
+                environment={"GLOO_SOCKET_IFNAME": cable, **(environment or {})},
+                within=within,
+            )
+            jobs.append(stack.enter_context(job))
+        yield jobs
