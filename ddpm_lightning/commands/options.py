@@ -81,9 +81,10 @@ class LineErrors(ArgumentParser):
 
     def validate(self, namespace: Any, skip_unset: bool = True, **kwargs: Any) -> None:
         """Check the values' types, of null too, which would else pass for any type."""
+        super().validate(namespace, skip_unset, **kwargs)  # what is missing is told as that
         given = namespace.clone()
         for action in self._actions:
-            # of several words, not given: the parser would look for the words
+            # of several words, not given: it would look for each of them
             if action.nargs and given.get(action.dest, ()) is None:
                 del given[action.dest]
         super().validate(given, skip_unset=False, **kwargs)
