@@ -200,7 +200,9 @@ class CLI(LightningCLI):
         # Lightning counts micro-batches here
         if isinstance(trainer.val_check_interval, int):
             trainer.val_check_interval *= trainer.accumulate_grad_batches
-        data.trainer = trainer  # as the Trainer itself does, but only when training starts
+        # as the Trainer itself does, but only when training starts
+        data.trainer = trainer
+        trainer.strategy.connect(self.model)
         data.prepare_data()
         data.setup(self.subcommand)
         self.model.check_images(data.image_shape)

@@ -27,6 +27,7 @@ class Stream(IntEnum):
     NOISE = 4
     DROPOUT = 5
     STRATUM = 6
+    LABEL = 10
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

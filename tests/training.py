@@ -45,9 +45,9 @@ class BufferedUNet(UNet):
         super().__init__(1, 1, base_channels, channel_mults, 1, attention_levels)
         self.register_buffer("count", torch.ones(3), persistent=False)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         assert len(x), "an empty batch"
-        return super().forward(x, t)
+        return super().forward(x, t, labels)
 
 
 def tiny_net(dropout: float = 0.0) -> UNet:

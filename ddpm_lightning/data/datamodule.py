@@ -1,5 +1,6 @@
 """From the name of a source to batches, under a trainer or without one."""
 
+import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ from ddpm_lightning.data.cache import (
     default_cache_dir,
     open_images,
 )
-from ddpm_lightning.data.items import Source, SplitName
+from ddpm_lightning.data.items import Labels, Source, SplitName
+from ddpm_lightning.data.labels import read_classes, read_labels
 from ddpm_lightning.data.order import (
     Indices,
     PositionSampler,
@@ -120,7 +122,13 @@ class ImageDataModule(LightningDataModule):
         _ = self._sets
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot be trained with: a batch that does not divide, or too few images."""
+        """Refuse what cannot be trained with: a batch that does not divide, or too few images.
+
+        For a network that is told classes, also images whose labels are missing or others.
+        """
+        for images in self._sets if self._num_classes else ():
+            if images is not None:
+                self._labels_of(images)
         if stage == "fit":
             if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
                 raise InputError(
@@ -172,13 +180,14 @@ class ImageDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Give what the order of the images depends on, for checkpoints."""
-        return {
+        state = {
             "source": self.source,
             "images_sha256": self.train_images.sha256,
             "batch_size": self.batch_size,
             "flip": self.flip,
             "seed": self.seed,
         }
+        return state | ({"labels_sha256": self._labels_sha256} if self._num_classes else {})
 
     def check_same_data(self, checkpoint: dict[str, Any], path: str) -> None:
         """Refuse to go on from a checkpoint of other images, or of another order of them.
@@ -212,7 +221,8 @@ class ImageDataModule(LightningDataModule):
         sampler = PositionSampler(
             self.batch_size, self._world_size, self._accumulate, self._rank, self._step
         )
-        return self._loader(TrainingBatches(self.train_images, self.seed, self.flip), sampler)
+        images, labels = self.train_images, self._labels_of(self.train_images)
+        return self._loader(TrainingBatches(images, self.seed, self.flip, labels), sampler)
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """This rank's share of the validation images, in order; no loader if there are none."""
@@ -228,7 +238,7 @@ class ImageDataModule(LightningDataModule):
         # As many images at once as in training: more might not fit into the device's memory.
         size = max(1, self.batch_size // (self._world_size * self._accumulate))
         batches = validation_batches(len(images), size, self._world_size, self._rank)
-        return [self._loader(PlainBatches(images), batches)]
+        return [self._loader(PlainBatches(images, self._labels_of(images)), batches)]
 
     def _loader(
         self, dataset: Dataset[Batch], batches: PositionSampler | list[Indices]
@@ -260,17 +270,47 @@ class ImageDataModule(LightningDataModule):
     def _device_type(self) -> str:
         return self.trainer.strategy.root_device.type if self.trainer else "cpu"
 
+    @property
+    def _num_classes(self) -> int:
+        """How many classes the trained network is told."""
+        module = self.trainer.lightning_module if self.trainer else None
+        return getattr(module, "num_classes", 0)  # a module of another kind is told none
+
+    @property
+    def classes(self) -> Labels | None:
+        """The training images' classes, for a network that is told them.
+
+        Raises:
+            InputError: The source has none, or another number of them.
+        """
+        return read_classes(self._source, self._num_classes) if self._num_classes else None
+
+    def _labels_of(self, images: ImageSet) -> Indices | None:
+        if self.classes is None:
+            return None
+        return read_labels(self._source, images, self.classes.num_classes)
+
+    @cached_property
+    def _labels_sha256(self) -> str:
+        labels = self._labels_of(self.train_images)
+        assert labels is not None
+        return hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
+
     def _step(self) -> int:
         return self.trainer.global_step if self.trainer else 0
 
     @cached_property
+    def _source(self) -> Source:
+        return open_source(self.source)
+
+    @cached_property
     def _sets(self) -> _Sets:
-        source = open_source(self.source)
+        source = self._source
         train_cache = self._open(source, "train", self.channels)
         # Grey images become RGB for RGB training images; the reverse would lose their colours.
         channels: Channels | None = 3 if train_cache.shape[1] == 3 else self.channels
         held_out = {
-            name: ImageSet(self._open(source, name, channels))
+            name: ImageSet(self._open(source, name, channels), split=name)
             for name in source.splits
             if name != "train"
         }

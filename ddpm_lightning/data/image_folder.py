@@ -1,11 +1,14 @@
 """A folder of image files, with or without train/, val/ and test/ in it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ddpm_lightning.data.items import Source, SplitName, find_splits, fingerprint
+import numpy as np
+
+from ddpm_lightning.data.items import Labels, Source, SplitName, find_splits, fingerprint
 from ddpm_lightning.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -82,7 +85,42 @@ def open_image_folder(source: str, folder: Path, files: list[File]) -> Source:
         # Sizes and times stand for the content: reading it all would take as long as decoding it.
         fingerprint(["image folder", str(folder.resolve()), sorted(splits.items()), images]),
         {split: ImageFiles(folder, part) for split, part in paths.items() if part},
+        folder_labels(source, {split: (splits[split], part) for split, part in paths.items()}),
     )
+
+
+def folder_labels(
+    source: str, splits: Mapping[SplitName, tuple[str, Sequence[str]]]
+) -> dict[SplitName, Callable[[], Labels]]:
+    """Take the subfolders of each split's folder for classes, in the order of their names.
+
+    Args:
+        source: What the user wrote.
+        splits: The folder's name ("" for the whole source) and the images' paths, which begin with
+            it.
+
+    Returns:
+        What reads the labels of each split whose images all lie in subfolders.
+    """
+    classes = {
+        split: [Path(path).relative_to(name).parts[0] for path in paths]
+        for split, (name, paths) in splits.items()
+        if paths and all(len(Path(path).relative_to(name).parts) > 1 for path in paths)
+    }
+    names = tuple(sorted(set(classes.get("train", ()))))
+    numbers = {name: number for number, name in enumerate(names)}
+
+    def read(split: SplitName) -> Labels:
+        for name in classes[split]:
+            if name not in numbers:
+                raise InputError(
+                    f"--data.source {source}: {splits[split][0]}/{name} is no class, for the "
+                    "training images have no subfolder of that name; rename or remove it"
+                )
+        values = np.array([numbers[name] for name in classes[split]], dtype=np.int64)
+        return Labels(values, len(names), names)
+
+    return {split: partial(read, split) for split in classes}
 
 
 def _walk(folder: Path, prefix: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[File]:

@@ -13,6 +13,13 @@ from ddpm_lightning.samplers.base import Draw, Network, Sampler, Step
 from ddpm_lightning.samplers.ddim import DDIMSampler
 from ddpm_lightning.samplers.ddpm import DDPMSampler
 from ddpm_lightning.samplers.dpm_solver import DPMSolver2MSampler, DPMSolver2MSDESampler
+from ddpm_lightning.samplers.guidance import (
+    Guidance,
+    Guided,
+    check_guidance,
+    check_labels,
+    make_guidance,
+)
 from ddpm_lightning.samplers.heun import HeunSampler
 
 __all__ = [
@@ -23,11 +30,16 @@ __all__ = [
     "DPMSolver2MSDESampler",
     "DPMSolver2MSampler",
     "Draw",
+    "Guidance",
+    "Guided",
     "HeunSampler",
     "Network",
     "Sampler",
     "SamplerName",
     "Step",
+    "check_guidance",
+    "check_labels",
+    "make_guidance",
     "make_sampler",
     "options_of",
 ]
