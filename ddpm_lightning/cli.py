@@ -215,10 +215,10 @@ class CLI(LightningCLI):
         """Check what only training needs."""
         samples = find_callback(self.trainer, Samples)
         if samples is not None:
-            samples.check(self.model.process)
+            samples.check(self.model)
         fid = find_callback(self.trainer, FID)
         if fid is not None and fid.every_n_steps:
-            fid.check(self.model.process, find_callback(self.trainer, EMA))
+            fid.check(self.model, find_callback(self.trainer, EMA))
         with refusals_of("--model.optimizer"):
             self.model.configure_optimizers()
         step = self.checkpoint["global_step"] if self.checkpoint else 0

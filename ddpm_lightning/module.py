@@ -335,9 +335,17 @@ class DDPM(LightningModule):
         finally:
             self.net.train(was_training)
 
+    def check_guidance(self, guidance: Guidance | None) -> None:
+        """Refuse guidance that the model has not been trained for.
+
+        Raises:
+            InputError: It knows no classes, or has never seen an image without a label.
+        """
+        check_guidance(guidance, self.num_classes, self.label_dropout)
+
     def _told(self, labels: Sequence[int] | None, guidance: Guidance | None) -> Network:
         """Give the network as it is for these labels."""
-        check_guidance(guidance, self.num_classes, self.label_dropout)
+        self.check_guidance(guidance)
         if labels is None:
             if guidance is not None:
                 raise InputError(f"guidance {guidance.scale:g}: needs labels")

@@ -22,7 +22,6 @@ from ddpm_lightning.callbacks.shared import (
 from ddpm_lightning.callbacks.signals import Interrupted, check_signals, is_stopping
 from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.data.batches import Batch
-from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics.features import Extractor, make_extractor
 from ddpm_lightning.metrics.judge import (
@@ -33,10 +32,20 @@ from ddpm_lightning.metrics.judge import (
     metric_names,
     warnings_of,
 )
-from ddpm_lightning.metrics.record import describe_sampler, make_record, write_record
+from ddpm_lightning.metrics.record import (
+    describe_guidance,
+    describe_sampler,
+    make_record,
+    write_record,
+)
 from ddpm_lightning.metrics.reference import Reference, reference_of
 from ddpm_lightning.module import DDPM
-from ddpm_lightning.samplers import SamplerName, make_sampler
+from ddpm_lightning.samplers import (
+    SamplerName,
+    count_evaluations,
+    make_guidance,
+    make_sampler,
+)
 
 
 class FID(Callback):
@@ -60,6 +69,8 @@ class FID(Callback):
         num_steps: Timesteps to visit; None is the sampler's default.
         spacing: Which timesteps those are, as `sample` has it; None is the sampler's default.
         batch_size: Samples at a time on each device.
+        guidance: How strongly samples are drawn towards their classes, of which seed i's is i
+            modulo their number; None, which is 1, for a network without classes.
     """
 
     def __init__(
@@ -74,6 +85,7 @@ class FID(Callback):
         num_steps: int | None = 20,
         spacing: str | None = None,
         batch_size: int = 64,
+        guidance: float | None = None,
     ) -> None:
         if every_n_steps < 0:
             raise InputError(f"--fid.every_n_steps {every_n_steps}: must be at least 0")
@@ -87,6 +99,7 @@ class FID(Callback):
         self.weights = weights
         with sampler_options("fid"):
             self.sampler = make_sampler(sampler, num_steps, spacing=spacing)
+            self.guidance = make_guidance(guidance, rescale=None)
         self.batch_size = batch_size
         self.latest: dict[str, float] = {}
         self.seconds = 0.0
@@ -119,12 +132,13 @@ class FID(Callback):
             self._extractor = make_extractor(self._extractor_name, self._extractor_weights)
         return self._extractor
 
-    def check(self, process: Process, ema: EMA | None) -> None:
+    def check(self, model: DDPM, ema: EMA | None) -> None:
         """Refuse early what cannot be judged.
 
         Raises:
             InputError: The extractor or its weights are missing, it cannot serve the metrics, the
-                schedule has not the sampler's timesteps, or there is no average of the weights.
+                schedule has not the sampler's timesteps, there is no average of the weights, or the
+                network cannot be guided.
         """
         if "ema" in self.weights and (ema is None or ema.decay == 0):
             raise InputError(
@@ -132,7 +146,8 @@ class FID(Callback):
                 "--fid.weights [raw], or judge never with --fid.every_n_steps 0"
             )
         with sampler_options("fid"):
-            self.sampler.respace(process)
+            self.sampler.respace(model.process)
+            model.check_guidance(self.guidance)
         check_metrics(self.metrics, self.extractor, self.num_images)
 
     def share_of_time(self) -> float:
@@ -155,7 +170,7 @@ class FID(Callback):
         self._step = self._judged_step = trainer.global_step
         if not self.every_n_steps:
             return
-        self.check(pl_module.process, find_callback(trainer, EMA))
+        self.check(pl_module, find_callback(trainer, EMA))
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
             raise InputError("the FID callback needs a data module: its images are the reference")
@@ -239,7 +254,8 @@ class FID(Callback):
                     "sampler": describe_sampler(
                         self.sampler, self.sampler.count_steps(pl_module.process)
                     ),
-                    "nfe": self.sampler.count_evaluations(pl_module.process),
+                    "nfe": count_evaluations(self.sampler, pl_module.process, self.guidance),
+                    "guidance": describe_guidance(self.guidance, pl_module.num_classes),
                     "seeds": f"0-{self.num_images - 1}",
                     "batch_size": self.batch_size,
                     "world_size": world,
@@ -268,7 +284,11 @@ class FID(Callback):
             **bar_options(),
         ) as bar:
             batches = pl_module.batches(
-                seeds, self.sampler, self.batch_size, lambda: check_signals(trainer)
+                seeds,
+                self.sampler,
+                self.batch_size,
+                lambda: check_signals(trainer),
+                guidance=self.guidance,
             )
             for images in batches:
                 collector.add(images)

@@ -20,11 +20,16 @@ from ddpm_lightning.callbacks.shared import (
 )
 from ddpm_lightning.callbacks.signals import Interrupted, check_signals, is_stopping
 from ddpm_lightning.data.datamodule import Batch
-from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.images import channel_statistics, make_grid, to_uint8, write_png
+from ddpm_lightning.images import (
+    channel_statistics,
+    make_class_grid,
+    make_grid,
+    to_uint8,
+    write_png,
+)
 from ddpm_lightning.module import DDPM
-from ddpm_lightning.samplers import SamplerName, make_sampler
+from ddpm_lightning.samplers import SamplerName, make_guidance, make_sampler
 
 STRIP_IMAGES = 4
 STRIP_STEPS = 10
@@ -44,6 +49,8 @@ class Samples(Callback):
         sampler: Its name.
         num_steps: Timesteps to visit; None is the sampler's default.
         spacing: Which timesteps those are, as `sample` has it; None is the sampler's default.
+        guidance: How strongly images are drawn towards their classes, in a grid with a row for each
+            class; None, which is 1, for a network without classes.
     """
 
     def __init__(
@@ -53,6 +60,7 @@ class Samples(Callback):
         sampler: SamplerName = "ddim",
         num_steps: int | None = None,
         spacing: str | None = None,
+        guidance: float | None = None,
     ) -> None:
         if every_n_steps < 0 or num_images < 1:
             raise InputError("samples.every_n_steps must be at least 0, samples.num_images 1")
@@ -60,6 +68,7 @@ class Samples(Callback):
         self.num_images = num_images
         with sampler_options("samples"):
             self.sampler = make_sampler(sampler, num_steps, spacing=spacing)
+            self.guidance = make_guidance(guidance, rescale=None)
         self.latest: Path | None = None
         self._step = 0
         self._drawn_step = 0
@@ -73,22 +82,24 @@ class Samples(Callback):
         """Take up what is owed."""
         self._is_owed = state_dict["is_owed"]
 
-    def check(self, process: Process) -> None:
+    def check(self, model: DDPM) -> None:
         """Refuse early what cannot be drawn.
 
         Raises:
-            InputError: The schedule has not the sampler's timesteps.
+            InputError: The schedule has not the sampler's timesteps, or the network cannot be
+                guided.
         """
         if self.every_n_steps:
             with sampler_options("samples"):
-                self.sampler.respace(process)
+                self.sampler.respace(model.process)
+                model.check_guidance(self.guidance)
 
     def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Note the step that a resumed run goes on from, and refuse impossible options early."""
         self._step = trainer.global_step
         make_run_folder(trainer)
         is_owed, self._is_owed = self._is_owed, False
-        self.check(pl_module.process)
+        self.check(pl_module)
         if self.every_n_steps and is_owed:
             self._draw(trainer, pl_module)
 
@@ -129,12 +140,13 @@ class Samples(Callback):
         best = grids.get("ema", raw)
 
         self.latest = run_folder(trainer, "samples") / f"step={trainer.global_step}.png"
-        write_png(self.latest, make_grid(best))
+        labels = pl_module.labels_of(range(self.num_images))
+        write_png(self.latest, make_class_grid(best, labels))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for name, images in grids.items():
                     logger.experiment.add_image(
-                        f"samples/{name}", make_grid(images), trainer.global_step
+                        f"samples/{name}", make_class_grid(images, labels), trainer.global_step
                     )
                 logger.experiment.add_image("samples/denoising", strip, trainer.global_step)
         log_scalars(trainer, _channel_scalars(trainer, best))
@@ -145,7 +157,10 @@ class Samples(Callback):
         shown = {round(i * (num_steps - 1) / (STRIP_STEPS - 1)) for i in range(STRIP_STEPS)}
         columns: list[Tensor] = []
         step = None
-        for index, step in enumerate(pl_module.denoise(range(self.num_images), self.sampler)):
+        seeds = range(self.num_images)
+        labels = pl_module.labels_of(seeds)
+        chain = pl_module.denoise(seeds, self.sampler, labels, self.guidance)
+        for index, step in enumerate(chain):
             check_signals(trainer)
             if index in shown:
                 pair = torch.stack([step.x_prev, step.pred_x_0], dim=1)[:STRIP_IMAGES]

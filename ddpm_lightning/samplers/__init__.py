@@ -18,6 +18,7 @@ from ddpm_lightning.samplers.guidance import (
     Guided,
     check_guidance,
     check_labels,
+    count_evaluations,
     make_guidance,
 )
 from ddpm_lightning.samplers.heun import HeunSampler
@@ -39,6 +40,7 @@ __all__ = [
     "Step",
     "check_guidance",
     "check_labels",
+    "count_evaluations",
     "make_guidance",
     "make_sampler",
     "options_of",

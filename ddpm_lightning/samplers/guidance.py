@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.samplers.base import Sampler
 
 ConditionalNetwork = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x_t, t, labels int64 [N], None for no label) -> what a `Network` gives."""
@@ -94,6 +96,12 @@ def check_labels(labels: Sequence[int], num_classes: int) -> None:
     wrong = [label for label in labels if not 0 <= label < num_classes]
     if wrong:
         raise InputError(f"labels {wrong[0]}: the model's classes are 0-{num_classes - 1}")
+
+
+def count_evaluations(sampler: Sampler, process: Process, guidance: Guidance | None) -> int:
+    """Count the evaluations of the network that one guided image takes."""
+    each = 1 if guidance is None else guidance.num_evaluations
+    return sampler.count_evaluations(process) * each
 
 
 class Guided:
