@@ -28,6 +28,7 @@ from ddpm_lightning.commands.options import LineErrors
 from ddpm_lightning.commands.shell import announce, refusals_of, run_command
 from ddpm_lightning.commands.trainer_checks import check_strategy, check_trainer
 from ddpm_lightning.data.datamodule import ImageDataModule
+from ddpm_lightning.data.items import Labels
 from ddpm_lightning.data.order import check_batch_size
 from ddpm_lightning.diffusion.process import LEARNED_VARIANCES
 from ddpm_lightning.errors import InputError
@@ -51,6 +52,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 PROG = "python -m ddpm_lightning"
+
+NUM_CLASSES_SHOWN = 10
 
 
 class Parser(LineErrors, LightningArgumentParser):
@@ -241,6 +244,7 @@ class CLI(LightningCLI):
         announce(
             f"data: {self.datamodule.num_train:,} images of {channels}x{height}x{width} to train "
             f"on, {self.datamodule.num_val:,} to validate{self.datamodule.note_of_skipped()}\n"
+            f"{_list_classes(self.datamodule.classes)}"
             f"network: {type(self.model.net).__name__}, {num_parameters:,} parameters, "
             f"on {self.trainer.num_devices * self.trainer.num_nodes} x "
             f"{self.trainer.strategy.root_device.type}"
@@ -324,6 +328,15 @@ def _widen_output(model: Any) -> None:
     is_learned = model.variance in LEARNED_VARIANCES
     if is_learned and channels is not None and arguments.get("out_channels") == channels:
         arguments["out_channels"] = 2 * channels
+
+
+def _list_classes(classes: Labels | None) -> str:
+    """Say in a line which classes the network is told, if any."""
+    if classes is None:
+        return ""
+    names = [f"{number} {name}" for number, name in enumerate(classes.names[:NUM_CLASSES_SHOWN])]
+    names += ["…"] if len(classes.names) > NUM_CLASSES_SHOWN else []
+    return f"classes: {', '.join(names) or classes.num_classes}\n"
 
 
 def _beside_python(name: str) -> Path:

@@ -106,7 +106,7 @@ def _layout(records: Sequence[Record]) -> tuple[str, list[tuple[str, Any]]]:
     subjects = [record["subject"] for record in records]
     sampled = [subject for subject in subjects if "sampler" in subject]
     by_step = len({subject["step"] for subject in sampled}) > 1
-    scales = {guidance_of(subject).get("scale") for subject in sampled}
+    scales = {guidance_of(subject).get("scale") for subject in sampled} - {None}
     counts = {subject["sampler"]["num_steps"] for subject in sampled}
     by_guidance = not by_step and len(scales) > 1 and len(counts) == 1
     by_nfe = not (by_step or by_guidance) and len({subject["nfe"] for subject in sampled}) > 1
