@@ -181,11 +181,10 @@ def test_tables_without_a_column_of_labels(in_tmp: Path) -> None:
 def test_batches_have_the_labels_of_their_images(tmp_path: Path) -> None:
     count = 24
     for index in range(count):  # an image's level is its number, its class that modulo 3
-        write_images(tmp_path / "x", "one.png")
         path = tmp_path / "data" / f"class{index % 3}" / f"{index:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (4, 4), index).save(path)
-    # one that is left out, first of all and first of its class
+    # one that is left out, in the midst of the others
     (tmp_path / "data" / "class1" / "00.png").write_bytes(b"broken")
     data = conditional(tmp_path / "data", tmp_path, 3, on_error="skip", val_fraction=0.25)
     data.setup("fit")

@@ -41,8 +41,11 @@ class BufferedUNet(UNet):
         base_channels: int = 64,
         channel_mults: Sequence[int] = (1,),
         attention_levels: Sequence[int] = (),
+        num_classes: int = 0,
     ) -> None:
-        super().__init__(1, 1, base_channels, channel_mults, 1, attention_levels)
+        super().__init__(
+            1, 1, base_channels, channel_mults, 1, attention_levels, num_classes=num_classes
+        )
         self.register_buffer("count", torch.ones(3), persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -50,9 +53,9 @@ class BufferedUNet(UNet):
         return super().forward(x, t, labels)
 
 
-def tiny_net(dropout: float = 0.0) -> UNet:
+def tiny_net(dropout: float = 0.0, num_classes: int = 0) -> UNet:
     """A U-Net of one level, its weights redrawn: at its own initialisation it is almost zero."""
-    net = UNet(1, 1, 32, (1,), 1, (), dropout)
+    net = UNet(1, 1, 32, (1,), 1, (), dropout, num_classes)
     return redraw(net)
 
 
