@@ -37,7 +37,6 @@ from tests.training import (
     redraw,
     save,
     tiny_module,
-    tiny_net,
 )
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
@@ -70,8 +69,16 @@ class Deaf(UNet):
         return super().forward(x, t)
 
 
+def conditional_net(num_classes: int = K, out_channels: int = 1) -> UNet:
+    """A U-Net of one level, its weights redrawn.
+
+    Not of 32 channels: with one channel in a group, the norms cancel what is added per channel.
+    """
+    return redraw(UNet(1, out_channels, 64, (1,), 1, (), 0.0, num_classes))
+
+
 def tiny(**options: object) -> DDPM:
-    return tiny_module(tiny_net(num_classes=K), image_shape=(1, 8, 8), **options)
+    return tiny_module(conditional_net(), image_shape=(1, 8, 8), **options)
 
 
 def told(batch: Batch, labels: Sequence[int]) -> Batch:
@@ -92,15 +99,14 @@ def test_without_classes_the_network_is_the_one_it_was() -> None:
 
 
 def test_labels_are_added_to_the_embedding_of_the_timestep() -> None:
-    net, plain = tiny_net(num_classes=K), tiny_net()
+    net, plain = conditional_net(), conditional_net(0)
     plain.load_state_dict(net.state_dict(), strict=False)
     x, t = torch.randn(4, 1, 8, 8), torch.tensor([0, 3, 7, 19])
-    assert net.embed_label.weight.shape == (K + 1, 128)
+    assert net.embed_label.weight.shape == (K + 1, 256)
     for label in range(K + 1):
         with torch.no_grad():
-            # a shift of the last bias before the blocks is a shift of the embedding
-            bias = net.embed_2.bias + net.embed_label.weight[label]
-            plain.embed_2.bias.copy_(bias)
+            # the embedding's last bias is added as the label is
+            plain.embed_2.bias.copy_(net.embed_2.bias + net.embed_label.weight[label])
             ours = net(x, t, torch.full((4,), label))
             torch.testing.assert_close(ours, plain(x, t), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="num_classes is 3"):
@@ -136,8 +142,7 @@ def test_labels_are_withheld_by_position(tmp_path: Path) -> None:
         assert torch.equal(seen[-1], part.labels)
 
 
-def test_conditional_training_learns_each_label(labelled: Path, tmp_path: Path) -> None:
-    """The labels reach the loss: with others, losses are others; without, they are refused."""
+def test_labels_reach_the_loss() -> None:
     module = tiny()
     batch = batch_of(4)
     first = module.losses(told(batch, [0, 1, 2, 0]), 0)[0]
@@ -162,7 +167,7 @@ def test_resuming_conditional_training_is_going_on(
             max_steps=steps,
             accumulate_grad_batches=accumulate,
         )
-        module = tiny_module(tiny_net(num_classes=2), label_dropout=0.5)
+        module = tiny_module(conditional_net(2), label_dropout=0.5)
         trainer.fit(module, make_data(labelled), ckpt_path=resume)
         return tmp_path / name / "checkpoints"
 
@@ -170,7 +175,7 @@ def test_resuming_conditional_training_is_going_on(
     resumed = train("rest", 6, train("start", 3) / "last.ckpt")
     assert_same_training(whole / "last.ckpt", resumed / "last.ckpt")
     weights = load(whole / "last.ckpt")["state_dict"]["net.embed_label.weight"]
-    assert (weights != tiny_net(num_classes=2).embed_label.weight).any(dim=1).all()
+    assert (weights != conditional_net(2).embed_label.weight).any(dim=1).all()
 
 
 # --- guidance ------------------------------------------------------------------------------------
@@ -181,9 +186,12 @@ def outputs(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """What a guided network, the conditional and the unconditional one give, and evaluations."""
     channels = 2 if variance == "learned_range" else 1
-    net = redraw(UNet(1, channels, 32, (1,), 1, (), 0.0, K)).double()
-    module = DDPM(net, num_timesteps=20, variance=variance, loss="hybrid" if channels == 2 else "simple")  # type: ignore[arg-type]  # noqa: E501  # fmt: skip
-    x, t = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 3, 7, 19])
+    net = conditional_net(K, channels).double()
+    learned = {"variance": "learned_range", "loss": "hybrid"}
+    module = tiny_module(net, **(learned if channels == 2 else {}))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 1, 8, 8, dtype=torch.float64, generator=generator)
+    t = torch.tensor([0, 3, 7, 19])
     labels = torch.tensor([2, 0, 1, 2])
     calls = []
     net.register_forward_hook(lambda *_: calls.append(1))
@@ -291,6 +299,7 @@ def here(tmp_path_factory: pytest.TempPathFactory, labelled: Path) -> Path:
     folder.mkdir()
     (folder / "tiny.yaml").write_text(TINY.format(source=labelled))
     fit = ("fit", "--config", "tiny.yaml", "--trainer.max_steps", 5)
+    fit += ("--model.net.base_channels", 64)  # see conditional_net
     judged = ("--fid.every_n_steps", 5, "--fid.num_images", 6, "--fid.num_steps", 2)
     judged += ("--fid.extractor", "tests.extractors.Small", "--fid.guidance", 3)
     classes = ("--model.net.num_classes", 2)
@@ -408,8 +417,7 @@ def test_other_commands_tell_no_label(here: Path, labelled: Path, tmp_path: Path
         (f"sample {CKPT} --labels x", "--labels x: say something like 0-9 or 0,3,5"),
         (f"sample {CKPT} --labels 1-0", "--labels 1-0: ranges rise"),
         (f"sample {CKPT} --guidance -1", "guidance -1: must be at least 0"),
-        (f"sample {CKPT} --guidance inf", "guidance inf: must be at least 0"),
-        (f"sample {CKPT} --guidance nan", "guidance nan: must be at least 0"),
+        (f"sample {CKPT} --guidance nan", "guidance: expected float, got nan"),
         (f"sample {CKPT} --guidance_rescale 1.5", "guidance_rescale 1.5: must lie in [0, 1]"),
         ("sample sure/checkpoints/last.ckpt --guidance 2", "guidance 2: the model was trained wit"),
         ("sample sure/checkpoints/last.ckpt --guidance 0", "guidance 0: the model was trained wit"),
@@ -422,7 +430,7 @@ def test_other_commands_tell_no_label(here: Path, labelled: Path, tmp_path: Path
         ("fit --config tiny.yaml --model.net.num_classes -1", "num_classes must be at least 0"),
         ("fit --config tiny.yaml --model.label_dropout 1", "label_dropout must lie in [0, 1)"),
         (
-            f"fit --config tiny.yaml --ckpt_path {CKPT} --run_dir new",
+            f"fit --config tiny.yaml --model.net.base_channels 64 --ckpt_path {CKPT} --run_dir new",
             "written with model.net.init_args.num_classes = 2, but this command has 0",
         ),
     ],
@@ -443,6 +451,9 @@ def test_refused_by_the_library(here: Path) -> None:
         list(module.denoise(range(3), DDIMSampler(2), None, Guidance(2)))
     with pytest.raises(InputError, match=r"labels -1: the model's classes are 0-2"):
         module.sample([0], labels=[-1])
+    for scale in (float("inf"), float("nan"), -0.5):
+        with pytest.raises(InputError, match="must be at least 0, and finite"):
+            Guidance(scale)
     assert make_guidance(None, None) is None
     assert make_guidance(None, 0.5) == Guidance(1.0, 0.5)
     sure = DDPM.from_checkpoint(here / "sure/checkpoints/last.ckpt")
@@ -465,6 +476,7 @@ def test_checkpoints_of_version_2_load_and_go_on(here: Path) -> None:
     assert torch.equal(model.sample([3]), new.sample([3]))
     assert model.hyper_parameters() == new.hyper_parameters()
     again = ("fit", "--config", "tiny.yaml", "--trainer.max_steps", 6)
+    again += ("--model.net.base_channels", 64)
     for name, path in (("from old", "old.ckpt"), ("from new", "plain/checkpoints/last.ckpt")):
         run(here, *again, "--ckpt_path", path, "--run_dir", name)
     last = "checkpoints/last.ckpt"

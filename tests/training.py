@@ -53,9 +53,9 @@ class BufferedUNet(UNet):
         return super().forward(x, t, labels)
 
 
-def tiny_net(dropout: float = 0.0, num_classes: int = 0) -> UNet:
+def tiny_net(dropout: float = 0.0) -> UNet:
     """A U-Net of one level, its weights redrawn: at its own initialisation it is almost zero."""
-    net = UNet(1, 1, 32, (1,), 1, (), dropout, num_classes)
+    net = UNet(1, 1, 32, (1,), 1, (), dropout)
     return redraw(net)
 
 
