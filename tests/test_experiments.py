@@ -39,8 +39,9 @@ class ParsedOnly(CLI):
     def _run_subcommand(self, subcommand: str) -> None: ...
 
 
-def parse(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(sys, "argv", ["ddpm_lightning", "fit", "--config", str(path)])
+def parse(path: Path, monkeypatch: pytest.MonkeyPatch, *overlays: Path) -> Any:
+    files = [text for file in (path, *overlays) for text in ("--config", str(file))]
+    monkeypatch.setattr(sys, "argv", ["ddpm_lightning", "fit", *files])
     cli = ParsedOnly()
     return cli.config["fit"]
 
@@ -59,7 +60,8 @@ def take_one_step(config: Any, size: int) -> None:
     before = [parameter.clone() for parameter in model.net.parameters()]
     assert model.image_shape is not None
     images = torch.randint(256, (1, *model.image_shape), dtype=torch.uint8)
-    losses, _ = model.losses(Batch(images, np.array([3])), seed=0)
+    labels = torch.tensor([7]) if model.num_classes else None
+    losses, _ = model.losses(Batch(images, np.array([3]), labels), seed=0)
     losses.mean().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     assert losses.isfinite().all()
@@ -123,6 +125,19 @@ def test_paper_experiment_has_the_papers_settings(
 @pytest.mark.parametrize(("name", "size"), [("fashion_mnist", 28), ("cifar10", 32)])
 def test_network_takes_a_step(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     take_one_step(parse(EXPERIMENTS[0].with_name(f"{name}.yaml"), monkeypatch), size)
+
+
+def test_conditional_overlay_takes_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = EXPERIMENTS[0].with_name("fashion_mnist.yaml")
+    overlay = base.with_name("fashion_mnist_conditional.yaml")
+    plain, config = parse(base, monkeypatch), parse(base, monkeypatch, overlay)
+    assert config.samples.guidance == 2
+    take_one_step(config, 28)
+    config.samples.guidance = None
+    assert config.model.net.init_args.pop("num_classes") == 10
+    assert plain.model.net.init_args.pop("num_classes") == 0
+    for part in ("model", "data", "samples", "ema", "trainer", "checkpoints"):
+        assert config[part] == plain[part], part
 
 
 @pytest.mark.slow

@@ -133,6 +133,7 @@ def test_training_does_not_depend_on_ranks_or_accumulation(
     assert_written_once(ranks, output)
 
 
+@pytest.mark.slow
 def test_conditional_training_does_not_depend_on_ranks(
     labelled: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
