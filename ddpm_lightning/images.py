@@ -28,6 +28,11 @@ def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return images.to(dtype) / 127.5 - 1
 
 
+def rms_levels(mse: Tensor) -> Tensor:
+    """Give the root of a mean squared error of x in grey levels, of which x in [-1, 1] has 255."""
+    return 127.5 * mse.sqrt()
+
+
 def to_uint8(x: Tensor) -> Tensor:
     """Map x in [-1, 1] to uint8 images: clamp, then round to the nearest level.
 

@@ -5,10 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,6 +19,7 @@ from ddpm_lightning import checkpoints
 from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.data.datamodule import Batch
 from ddpm_lightning.diffusion.combinations import Loss, Weighting
+from ddpm_lightning.diffusion.likelihood import Bound, bound_terms
 from ddpm_lightning.diffusion.objectives import Objective
 from ddpm_lightning.diffusion.process import Prediction, Process, Variance
 from ddpm_lightning.diffusion.schedules import Schedule, make_betas, rescale_to_zero_snr
@@ -38,6 +41,7 @@ from ddpm_lightning.randomness import (
     to_device,
 )
 from ddpm_lightning.samplers import (
+    Draw,
     Guidance,
     Guided,
     Network,
@@ -321,13 +325,7 @@ class DDPM(LightningModule):
         net = self._told(labels, guidance)
         if labels is not None and len(labels) != len(seeds):
             raise InputError(f"labels: {len(labels)} of them for {len(seeds)} seeds")
-        # On the CPU, so that a seed means the same picture on any kind of device.
-        streams = NoiseStreams(seeds, torch.device("cpu"), self.device.type == "cuda")
-        shape = self.image_shape
-
-        def draw() -> Tensor:
-            return to_device(streams.normal(shape), self.device).to(self._noising_dtype)
-
+        draw = self._draws(seeds, self.image_shape)
         was_training = self.net.training
         self.net.eval()
         try:
@@ -353,6 +351,12 @@ class DDPM(LightningModule):
         check_labels(labels, self.num_classes)
         told = to_device(torch.tensor(labels, dtype=torch.int64), self.device)
         return Guided(self, told, guidance or Guidance())
+
+    def _draws(self, seeds: Sequence[int] | NDArray[np.uint64], shape: Sequence[int]) -> Draw:
+        """Make the function whose k-th call gives the k-th draw of each seed."""
+        # On the CPU, so that a seed means the same picture on any kind of device.
+        streams = NoiseStreams(seeds, torch.device("cpu"), self.device.type == "cuda")
+        return lambda: to_device(streams.normal(shape), self.device).to(self._noising_dtype)
 
     # --- images to loss ------------------------------------------------------------------------
 
@@ -404,8 +408,32 @@ class DDPM(LightningModule):
         t = to_device(t, self.device)
         noise_seeds = hash_indices(seed, Stream.NOISE, batch.positions)
         noise = NoiseStreams(noise_seeds, self.device).normal(x_0.shape[1:]).to(x_0.dtype)
-        net = partial(self, labels=batch.labels) if self.num_classes else self
-        return self._objective(net, x_0, t, noise), t
+        return self._objective(self._given(batch), x_0, t, noise), t
+
+    def bound(
+        self,
+        batch: Batch,
+        process: Process | None = None,
+        seed: int = VALIDATION_SEED,
+        after_step: Callable[[], object] | None = None,
+    ) -> Bound:
+        """Take all terms of the variational bound of each image; no random state is touched.
+
+        Args:
+            batch: Images uint8 [N, C, H, W]. The noise of each is a function of (seed, position)
+                and the place of t in the process, not of the other images.
+            process: This module's, respaced; all its timesteps when None.
+            seed: The noise's other key.
+            after_step: Called after each t.
+
+        Returns:
+            The bound's parts in bits/dim, in the mode in which the network is; given their labels
+            where the batch has some.
+        """
+        x_0 = to_float(batch.images.to(self.device), self._noising_dtype)
+        draw = self._draws(hash_indices(seed, Stream.NOISE, batch.positions), x_0.shape[1:])
+        net = self._given(batch)
+        return bound_terms(net, process or self.process, x_0, draw, after_step=after_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Give the loss, and its parts for the callbacks: `losses`, `t` and `weights`, each [N]."""
@@ -526,6 +554,12 @@ class DDPM(LightningModule):
             leave_out(optimizer, is_bad)
 
     # --- helpers -------------------------------------------------------------------------------
+
+    def _given(self, batch: Batch) -> Network:
+        """Give the network as it is for these images: told their labels where they have some."""
+        if not self.num_classes or batch.labels is None:
+            return self
+        return partial(self, labels=batch.labels.to(self.device))
 
     def _withhold_labels(self, batch: Batch) -> Batch:
         """Replace some labels by "no label": which ones is a function of seed and position."""

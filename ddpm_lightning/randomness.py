@@ -28,6 +28,7 @@ class Stream(IntEnum):
     DROPOUT = 5
     STRATUM = 6
     LABEL = 10
+    CODEC = 16  # compressed files depend on this number
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -139,7 +139,7 @@ def test_labels_are_withheld_by_position(tmp_path: Path) -> None:
         module.training_step(part, 0)
         assert torch.equal(seen[-1], seen[-2][7:12])
         module.validation_step(part, 0)  # which withholds none
-        assert torch.equal(seen[-1], part.labels)
+        assert torch.equal(seen[-1], whole.labels[7:12])
 
 
 def test_labels_reach_the_loss() -> None:
@@ -298,9 +298,16 @@ def here(tmp_path_factory: pytest.TempPathFactory, labelled: Path) -> Path:
     folder = tmp_path_factory.mktemp("conditional") / "here"
     folder.mkdir()
     (folder / "tiny.yaml").write_text(TINY.format(source=labelled))
-    fit = ("fit", "--config", "tiny.yaml", "--trainer.max_steps", 5)
+    fit: tuple[object, ...] = ("fit", "--config", "tiny.yaml", "--trainer.max_steps", 5)
     fit += ("--model.net.base_channels", 64)  # see conditional_net
-    judged = ("--fid.every_n_steps", 5, "--fid.num_images", 6, "--fid.num_steps", 2)
+    judged: tuple[object, ...] = (
+        "--fid.every_n_steps",
+        5,
+        "--fid.num_images",
+        6,
+        "--fid.num_steps",
+        2,
+    )
     judged += ("--fid.extractor", "tests.extractors.Small", "--fid.guidance", 3)
     classes = ("--model.net.num_classes", 2)
     options = ("--samples.guidance", 2, "--samples.every_n_steps", 5, "--samples.num_images", 5)
@@ -375,7 +382,14 @@ def test_folder_is_named_by_labels_and_guidance(here: Path) -> None:
 
 def test_fid_sweeps_guidance(here: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
-    command = ("fid", CKPT, "--extractor", "tests.extractors.Small", "--num_images", 6)
+    command: tuple[object, ...] = (
+        "fid",
+        CKPT,
+        "--extractor",
+        "tests.extractors.Small",
+        "--num_images",
+        6,
+    )
     command += ("--num_steps", 2, "--accelerator", "cpu", "--out", out)
     result = run(here, *command, "--guidance", "1,2.5", "--guidance_rescale", 0.7)
     rows = json.loads((out / "sweep.json").read_text())["rows"]
@@ -475,7 +489,7 @@ def test_checkpoints_of_version_2_load_and_go_on(here: Path) -> None:
     new = DDPM.from_checkpoint(here / "plain/checkpoints/last.ckpt")
     assert torch.equal(model.sample([3]), new.sample([3]))
     assert model.hyper_parameters() == new.hyper_parameters()
-    again = ("fit", "--config", "tiny.yaml", "--trainer.max_steps", 6)
+    again: tuple[object, ...] = ("fit", "--config", "tiny.yaml", "--trainer.max_steps", 6)
     again += ("--model.net.base_channels", 64)
     for name, path in (("from old", "old.ckpt"), ("from new", "plain/checkpoints/last.ckpt")):
         run(here, *again, "--ckpt_path", path, "--run_dir", name)

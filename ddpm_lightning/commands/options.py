@@ -114,14 +114,15 @@ def parse_options(
         words: The arguments that take several words, and how many, as argparse counts them (2, +,
             *); those without a default stand without an option's name.
     """
+    docstring = docstring_parser.parse_from_object(command)
     parser = LineErrors(
-        prog=f"python -m ddpm_lightning {name}", usage=f"%(prog)s {usage}", allow_abbrev=False
+        prog=f"python -m ddpm_lightning {name}",
+        usage=f"%(prog)s {usage}",
+        description=docstring.description,
+        allow_abbrev=False,
     )
     parameters = inspect.signature(command).parameters
-    helps = {
-        item.arg_name: item.description
-        for item in docstring_parser.parse_from_object(command).params
-    }
+    helps = {item.arg_name: item.description for item in docstring.params}
     for key, num_words in words.items():
         prefix = "" if parameters[key].default is inspect.Parameter.empty else "--"
         parser.add_argument(f"{prefix}{key}", nargs=num_words, type=str, help=helps[key])

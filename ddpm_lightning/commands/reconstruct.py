@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.commands.options import parse_options
-from ddpm_lightning.commands.shell import announce, run_command
+from ddpm_lightning.commands.shell import announce, new_file, run_command
 from ddpm_lightning.commands.subjects import check_shape, without_remedy
 from ddpm_lightning.commands.trainer import make_trainer
 from ddpm_lightning.data.datamodule import ImageDataModule
@@ -51,9 +51,7 @@ def reconstruct(
         out: The PNG to write.
         accelerator: As Lightning's Trainer has it: auto, cpu, gpu, ...
     """
-    path = Path(out)
-    if path.exists():
-        raise InputError(f"--out {out}: exists, and nothing is overwritten; choose another")
+    path = new_file(out)
     sampler = DDIMSampler(num_steps, spacing=spacing, clip="none")
     model = DDPM.from_checkpoint(checkpoint, weights)
     process = without_pure_noise(sampler.respace(model.process))

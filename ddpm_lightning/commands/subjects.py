@@ -101,7 +101,7 @@ class CheckpointReader:
         self,
         weights: Sequence[Weights],
         samplers: Sequence[Sampler],
-        guidances: Sequence[Guidance | None],
+        guidances: Sequence[Guidance | None] = (),
     ) -> None:
         self._weights = weights
         self._samplers = samplers

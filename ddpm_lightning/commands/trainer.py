@@ -2,6 +2,8 @@
 
 from lightning.pytorch import Trainer
 
+from ddpm_lightning.callbacks import Together
+from ddpm_lightning.commands.clusters import cluster_plugins
 from ddpm_lightning.commands.shell import refusals_of
 
 
@@ -21,4 +23,6 @@ def make_trainer(accelerator: str, devices: str, num_nodes: int) -> Trainer:
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
+            callbacks=[Together()],
+            plugins=cluster_plugins(),
         )
