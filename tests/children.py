@@ -37,7 +37,7 @@ class Seen(Callback):
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         assert self._inputs is not None
-        x_t, t = self._inputs
+        x_t, t, *_ = self._inputs  # and labels, where the network is told some
         positions = torch.from_numpy(batch.positions)
         self._seen.append({"positions": positions, "images": batch.images, "t": t, "x_t": x_t})
 
