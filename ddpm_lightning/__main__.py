@@ -27,6 +27,22 @@ COMMANDS = {
         "bits/dim of images, and how rate and distortion go with t",
     ),
     "fid": ("ddpm_lightning.commands.fid:main", "judge checkpoints or images: FID, KID, IS, P&R"),
+    "progressive": (
+        "ddpm_lightning.commands.progressive:main",
+        "draw how samples come about: x_0 as predicted along the chain",
+    ),
+    "shared-latents": (
+        "ddpm_lightning.commands.shared_latents:main",
+        "draw samples that share an x_t",
+    ),
+    "interpolate": (
+        "ddpm_lightning.commands.interpolate:main",
+        "draw interpolations between two images",
+    ),
+    "neighbours": (
+        "ddpm_lightning.commands.neighbours:main",
+        "draw samples beside the nearest training images",
+    ),
     "compress": ("ddpm_lightning.commands.compress:main", "an image to few bits with a checkpoint"),
     "decompress": ("ddpm_lightning.commands.decompress:main", "and back, or any beginning of them"),
 }

@@ -81,7 +81,7 @@ def make_grid(images: Tensor, num_columns: int | None = None, min_width: int = 5
     columns = min(num_columns or math.ceil(math.sqrt(num_images)), num_images)
     rows = math.ceil(num_images / columns)
     scale = min(8, max(1, round(min_width / (columns * width))))
-    images = images.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    images = enlarge(images, scale)
     height, width = height * scale, width * scale
     gap = max(2, scale // 2)
     grid = images.new_full(
@@ -115,6 +115,17 @@ def make_class_grid(images: Tensor, labels: Sequence[int] | None) -> Tensor:
     blank = torch.full_like(images[0], 255)
     cells = [image for row in rows for image in row + [blank] * (num_columns - len(row))]
     return make_grid(torch.stack(cells), num_columns)
+
+
+def enlarge(images: Tensor, scale: int) -> Tensor:
+    """Make each pixel a square of scale x scale: [..., H, W] to [..., H * scale, W * scale]."""
+    return images.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+
+
+def centre_crop(images: Tensor, size: int) -> Tensor:
+    """Cut the square of size x size at the centre out of [..., H, W]; neither is smaller."""
+    top, left = ((length - size) // 2 for length in images.shape[-2:])
+    return images[..., top : top + size, left : left + size]
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -47,6 +47,7 @@ from ddpm_lightning.samplers import (
     Network,
     Sampler,
     SamplerName,
+    Start,
     Step,
     check_guidance,
     check_labels,
@@ -251,7 +252,7 @@ class DDPM(LightningModule):
             seeds,
             sampler,
             batch_size,
-            labels=labels,
+            labels=self.labels_of(seeds) if labels is None else labels,
             guidance=make_guidance(guidance, guidance_rescale),
         )
         return torch.cat([images.cpu() for images in batches])
@@ -269,6 +270,7 @@ class DDPM(LightningModule):
         sampler: Sampler,
         batch_size: int,
         after_step: Callable[[], object] | None = None,
+        start: Start | None = None,
         labels: Sequence[int] | None = None,
         guidance: Guidance | None = None,
     ) -> Iterator[Tensor]:
@@ -279,19 +281,20 @@ class DDPM(LightningModule):
             sampler: The sampler.
             batch_size: Images at a time.
             after_step: Called after each step of a chain; what it raises ends the work.
-            labels: See `sample`.
+            start: Where in the middle of the chain to start, one x_t per seed (see `denoise`).
+            labels: The images' classes, one per seed; None tells the network none.
             guidance: How strongly samples are drawn towards their classes.
 
         Raises:
             InputError: A sample is not finite; or see `denoise`.
         """
-        labels = self.labels_of(seeds) if labels is None else labels
-        for start in range(0, len(seeds), batch_size):
-            part = slice(start, start + batch_size)
+        for first in range(0, len(seeds), batch_size):
+            part = slice(first, first + batch_size)
+            start_of = None if start is None else Start(start.x_t[part], start.t)
             told = None if labels is None else labels[part]
             step = None
             # not `*_, last`: that keeps all the steps, a thousand batches of images
-            for step in self.denoise(seeds[part], sampler, told, guidance):  # noqa: B007
+            for step in self.denoise(seeds[part], sampler, start_of, told, guidance):  # noqa: B007
                 if after_step is not None:
                     after_step()
             assert step is not None
@@ -302,6 +305,7 @@ class DDPM(LightningModule):
         self,
         seeds: Sequence[int],
         sampler: Sampler,
+        start: Start | None = None,
         labels: Sequence[int] | None = None,
         guidance: Guidance | None = None,
     ) -> Iterator[Step]:
@@ -312,6 +316,8 @@ class DDPM(LightningModule):
         Args:
             seeds: One per image.
             sampler: The sampler.
+            start: Where in the middle of the chain to start: the seeds give the noise of the steps
+                that are left. None starts from x_T, which is then the seeds' first draw.
             labels: The images' classes, one per seed; None tells the network none.
             guidance: How strongly samples are drawn towards them; None is scale 1.
 
@@ -325,11 +331,19 @@ class DDPM(LightningModule):
         net = self._told(labels, guidance)
         if labels is not None and len(labels) != len(seeds):
             raise InputError(f"labels: {len(labels)} of them for {len(seeds)} seeds")
-        draw = self._draws(seeds, self.image_shape)
+        draw, process = self._draws(seeds, self.image_shape), self.process
+        if start is not None:
+            sampler, process = sampler.below(process, start.t)
+            # a sampler's first draw is where its chain starts
+            given, fresh = [start.x_t.to(self.device, self._noising_dtype)], draw
+
+            def draw() -> Tensor:
+                return given.pop() if given else fresh()
+
         was_training = self.net.training
         self.net.eval()
         try:
-            yield from sampler(net, self.process, draw)
+            yield from sampler(net, process, draw)
         finally:
             self.net.train(was_training)
 

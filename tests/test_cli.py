@@ -86,7 +86,8 @@ print(*sorted(set(ddpm_lightning.__all__) - set(globals())))
     assert ran.returncode == 0, ran.stderr
     out = ran.stdout
     assert out.startswith("usage: python -m ddpm_lightning COMMAND [OPTIONS]\n")
-    for command in ("fit", "validate", "test", "sample"):
+    pictures = ("progressive", "shared-latents", "interpolate", "neighbours")
+    for command in ("fit", "validate", "test", "sample", "fid", *pictures):
         assert f"\n  {command} " in out
     assert "\n0\nddpm_lightning " in out
     assert out.endswith("\n0\n2\nmodule 'ddpm_lightning' has no attribute 'UNett'\n__version__\n")

@@ -249,7 +249,7 @@ def test_samples_are_functions_of_seed_and_label() -> None:
         assert (whole[5].int() - alone[0].int()).abs().max() <= 1
     assert not torch.equal(in_turn, module.sample(range(7), sampler, guidance=3))
     *_, unlabelled = module.denoise(range(7), sampler)
-    *_, zero = module.denoise(range(7), sampler, labels, Guidance(0))
+    *_, zero = module.denoise(range(7), sampler, None, labels, Guidance(0))
     assert torch.equal(unlabelled.x_prev, zero.x_prev)
     strong = module.sample(range(4), sampler, guidance=5, guidance_rescale=0.9)
     assert not torch.equal(strong, module.sample(range(4), sampler, guidance=5))
@@ -460,9 +460,9 @@ def test_refused_in_one_line(here: Path, command: str, told: str) -> None:
 def test_refused_by_the_library(here: Path) -> None:
     module = tiny()
     with pytest.raises(InputError, match="labels: 2 of them for 3 seeds"):
-        list(module.denoise(range(3), DDIMSampler(2), [0, 1]))
+        list(module.denoise(range(3), DDIMSampler(2), None, [0, 1]))
     with pytest.raises(InputError, match="guidance 2: needs labels"):
-        list(module.denoise(range(3), DDIMSampler(2), None, Guidance(2)))
+        list(module.denoise(range(3), DDIMSampler(2), guidance=Guidance(2)))
     with pytest.raises(InputError, match=r"labels -1: the model's classes are 0-2"):
         module.sample([0], labels=[-1])
     for scale in (float("inf"), float("nan"), -0.5):

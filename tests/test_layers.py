@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     ("errors",),
     ("randomness", "images", "runs", "peers"),
+    ("labelled_grid",),
     ("networks", "diffusion", "data", "checkpoints"),
     ("samplers", "nonfinite", "coding"),
     ("module",),

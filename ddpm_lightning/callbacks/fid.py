@@ -289,6 +289,7 @@ class FID(Callback):
                 self.sampler,
                 self.batch_size,
                 lambda: check_signals(trainer),
+                labels=pl_module.labels_of(seeds),
                 guidance=self.guidance,
             )
             for images in batches:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddpm_lightning.callbacks.curves import aside
 from ddpm_lightning.callbacks.ema import EMA
+from ddpm_lightning.callbacks.neighbours import TrainingNeighbours
 from ddpm_lightning.callbacks.shared import (
     TrainerRanks,
     find_callback,
@@ -42,8 +43,9 @@ class Samples(Callback):
 
     The grid of the averaged weights (the raw ones', where there is no average) is written to
     RUN/samples/step=N.png. TensorBoard gets it too, with the raw weights' grid, a strip of x_t and
-    pred_x_0 along the chain, and the channels' mean and standard deviation beside the data's.
-    Training goes on as if nothing had been drawn: no global random state is touched.
+    pred_x_0 along the chain, the channels' mean and standard deviation beside the data's, and
+    samples above the training images nearest to them (see `TrainingNeighbours`). Training goes on
+    as if nothing had been drawn: no global random state is touched.
 
     Args:
         every_n_steps: Optimizer steps from grid to grid; 0 draws none at all.
@@ -51,6 +53,7 @@ class Samples(Callback):
         sampler: Its name.
         num_steps: Timesteps to visit; None is the sampler's default.
         spacing: Which timesteps those are, as `sample` has it; None is the sampler's default.
+        num_train: Training images that samples are compared with; 0 compares none.
         guidance: How strongly images are drawn towards their classes, in a grid with a row for each
             class; None, which is 1, for a network without classes.
     """
@@ -62,15 +65,20 @@ class Samples(Callback):
         sampler: SamplerName = "ddim",
         num_steps: int | None = None,
         spacing: str | None = None,
+        num_train: int = 10_000,
         guidance: float | None = None,
     ) -> None:
-        if every_n_steps < 0 or num_images < 1:
-            raise InputError("samples.every_n_steps must be at least 0, samples.num_images 1")
+        if min(every_n_steps, num_train) < 0 or num_images < 1:
+            raise InputError(
+                "samples.every_n_steps and samples.num_train must be at least 0, "
+                "samples.num_images 1"
+            )
         self.every_n_steps = every_n_steps
         self.num_images = num_images
         with sampler_options("samples"):
             self.sampler = make_sampler(sampler, num_steps, spacing=spacing)
             self.guidance = make_guidance(guidance, rescale=None)
+        self._neighbours = TrainingNeighbours(num_train) if num_train else None
         self.latest: Path | None = None
         self._step = 0
         self._drawn_step = 0
@@ -148,16 +156,22 @@ class Samples(Callback):
         labels: Sequence[int] | None,
     ) -> None:
         best = grids.get("ema", grids["raw"])
+        pictures = {
+            f"samples/{name}": make_class_grid(images, labels) for name, images in grids.items()
+        }
+        pictures["samples/denoising"] = strip
+        scalars = _channel_scalars(trainer, best)
+        if self._neighbours is not None and trainer.datamodule is not None:  # type: ignore[attr-defined]
+            compared = self._neighbours.compare(trainer, best)
+            pictures["neighbours"] = compared.picture
+            scalars |= compared.scalars
         self.latest = run_folder(trainer, "samples") / f"step={trainer.global_step}.png"
         write_png(self.latest, make_class_grid(best, labels))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                for name, images in grids.items():
-                    logger.experiment.add_image(
-                        f"samples/{name}", make_class_grid(images, labels), trainer.global_step
-                    )
-                logger.experiment.add_image("samples/denoising", strip, trainer.global_step)
-        log_scalars(trainer, _channel_scalars(trainer, best))
+                for name, picture in pictures.items():
+                    logger.experiment.add_image(name, picture, trainer.global_step)
+        log_scalars(trainer, scalars)
 
     def _sample(self, trainer: Trainer, pl_module: DDPM) -> tuple[Tensor, Tensor]:
         """Sample the grid's images, uint8 [N, C, H, W], and lay out the strip, uint8 [C, H, W].
@@ -200,7 +214,7 @@ class Samples(Callback):
         if seeds:
             columns = []
             labels = pl_module.labels_of(seeds)
-            chain = pl_module.denoise(seeds, self.sampler, labels, self.guidance)
+            chain = pl_module.denoise(seeds, self.sampler, labels=labels, guidance=self.guidance)
             for index, step in enumerate(chain):
                 check_signals(trainer)
                 if index in shown:

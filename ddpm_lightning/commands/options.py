@@ -154,14 +154,14 @@ def split_names(option: str, text: str, known: Iterable[Name]) -> list[Name]:
     return [names[word] for word in words]
 
 
-def split_numbers(option: str, text: str) -> list[int]:
-    """Read whole numbers from 1 on, divided by commas.
+def split_numbers(option: str, text: str, least: int = 1) -> list[int]:
+    """Read whole numbers from `least` on, divided by commas.
 
     Raises:
         InputError: There is none, one twice, or something else.
     """
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
+    if not all(word.isdecimal() and int(word) >= least for word in words):
         raise InputError(f"{option} {text}: say something like 50 or 20,50,100")
     if len({int(word) for word in words}) < len(words):
         raise InputError(f"{option} {text}: names a number twice")

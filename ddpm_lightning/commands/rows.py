@@ -91,7 +91,13 @@ class SampledRow(Row):
     def open(self, device: torch.device, batch_size: int) -> Batches:
         """Load the model."""
         model = DDPM.from_checkpoint(self.checkpoint.path, self.weights).to(device)
-        return lambda seeds: model.batches(seeds, self.sampler, batch_size, guidance=self.guidance)
+        return lambda seeds: model.batches(
+            seeds,
+            self.sampler,
+            batch_size,
+            labels=model.labels_of(seeds),
+            guidance=self.guidance,
+        )
 
     def describe(self) -> dict[str, Any]:
         """Say what it was sampled from, and how."""

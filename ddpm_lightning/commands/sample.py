@@ -160,7 +160,7 @@ class SampleTask(BatchTask):
         guidance = None if classes is None else classes.guidance
         frames = _Frames(self._num_steps, labels) if self._shows(seeds) else None
         step = None
-        for step in self.model.denoise(seeds, self._sampler, labels, guidance):
+        for step in self.model.denoise(seeds, self._sampler, labels=labels, guidance=guidance):
             self.advance(len(seeds))
             if frames is not None:
                 frames.add(step.x_prev)
@@ -196,8 +196,13 @@ class _Frames:
         self._index += 1
 
 
-def parse_seeds(seeds: str | None, num_images: int | None) -> list[int]:
+def parse_seeds(seeds: str | None, num_images: int | None, default: int = GRID_IMAGES) -> list[int]:
     """Read a list of seeds such as 0-63 or 3,7,100-120.
+
+    Args:
+        seeds: The list; 0, 1, ... when None.
+        num_images: How many those are.
+        default: How many, where neither is given.
 
     Raises:
         InputError: It is none, is empty, names a seed twice, or disagrees with num_images.
@@ -205,7 +210,7 @@ def parse_seeds(seeds: str | None, num_images: int | None) -> list[int]:
     if seeds is None:
         if num_images is not None and num_images < 1:
             raise InputError(f"--num_images must be at least 1, got {num_images}")
-        return list(range(num_images or GRID_IMAGES))
+        return list(range(num_images or default))
     result = parse_ranges("--seeds", seeds, "0-63 or 3,7,100-120")
     if len(set(result)) < len(result):
         raise InputError(f"--seeds {seeds}: names a seed twice")

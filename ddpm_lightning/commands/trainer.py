@@ -1,5 +1,6 @@
 """The Trainer that commands run on: it brings devices and processes, and nothing else."""
 
+import torch
 from lightning.pytorch import Trainer
 
 from ddpm_lightning.callbacks import Together
@@ -26,3 +27,13 @@ def make_trainer(accelerator: str, devices: str, num_nodes: int) -> Trainer:
             callbacks=[Together()],
             plugins=cluster_plugins(),
         )
+
+
+def choose_device(accelerator: str) -> torch.device:
+    """Choose the one device of a command that is not worth several.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    device: torch.device = make_trainer(accelerator, "1", 1).strategy.root_device
+    return device
