@@ -8,7 +8,7 @@ from typing import Any
 from ddpm_lightning.checkpoints import file_sha256
 from ddpm_lightning.commands.run_config import RunConfig
 from ddpm_lightning.commands.subjects import Checkpoint, Subject, check_shape, without_remedy
-from ddpm_lightning.data.batches import ImageSet
+from ddpm_lightning.data.batches import Images
 from ddpm_lightning.data.cache import Channels
 from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.errors import InputError
@@ -123,7 +123,7 @@ def _training_data(subjects: Sequence[Subject]) -> ImageDataModule:
     return data
 
 
-def _images(data: ImageDataModule, reference: str | None) -> ImageSet:
+def _images(data: ImageDataModule, reference: str | None) -> Images:
     try:
         return data.train_images
     except InputError as error:
@@ -135,7 +135,7 @@ def _images(data: ImageDataModule, reference: str | None) -> ImageSet:
         raise InputError(f"--reference {reference}: {without_remedy(error)}") from error
 
 
-def _check_unchanged(subjects: Sequence[Subject], images: ImageSet) -> None:
+def _check_unchanged(subjects: Sequence[Subject], images: Images) -> None:
     """Refuse a source that gives other images than it did in training."""
     for subject in subjects:
         assert isinstance(subject, Checkpoint)

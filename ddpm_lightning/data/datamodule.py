@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ddpm_lightning.data.batches import Batch, ImageSet, PlainBatches, TrainingBatches
+from ddpm_lightning.data.batches import Batch, Images, ImageSet, PlainBatches, TrainingBatches
 from ddpm_lightning.data.cache import (
     CachedImages,
     Channels,
@@ -27,6 +27,8 @@ from ddpm_lightning.data.order import (
     validation_batches,
 )
 from ddpm_lightning.data.sources import open_source
+from ddpm_lightning.data.stream_batches import StreamBatches, StreamLoader
+from ddpm_lightning.data.stream_images import StreamImages, open_stream
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import channel_statistics
 from ddpm_lightning.randomness import NUM_SEEDS, Stream
@@ -38,7 +40,7 @@ _STATISTICS_BYTES = 2**26  # float32 copies take four times as much memory, twic
 
 
 class _Sets(NamedTuple):
-    train: ImageSet
+    train: Images
     val: ImageSet | None
     test: ImageSet | None
 
@@ -62,8 +64,10 @@ class ImageDataModule(LightningDataModule):
             neither a val nor a test split; 0 for none.
         on_error: Whether an image that cannot be decoded stops the run or is left out.
         num_workers: Processes that prepare batches. In the main process that takes microseconds an
-            image, so 0 is right unless the images are large or the network is very fast.
-        streaming: Whether to read images while training rather than decode all before it.
+            image, so 0 is right unless the images are large or the network is very fast; with
+            streaming they are decoded there.
+        streaming: Whether to read images while training rather than decode all before it: from
+            Parquet, tars or image files, in a folder, at a URL or on the hub.
         cache_dir: Where decoded images are kept; $DDPM_LIGHTNING_CACHE or
             ~/.cache/ddpm_lightning by default.
         seed: Of the order, the flips and the share of validation images, in [0, 2^32).
@@ -87,8 +91,6 @@ class ImageDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if streaming:
-            raise InputError("--data.streaming true does not exist yet; use --data.streaming false")
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         if size is not None and min(size) < 1:
             raise InputError(f"--data.image_size {image_size} must be at least 1 pixel")
@@ -100,6 +102,11 @@ class ImageDataModule(LightningDataModule):
             raise InputError(f"--data.val_fraction {val_fraction} must be in [0, 1)")
         if on_error not in ("stop", "skip"):
             raise InputError(f"--data.on_error {on_error} must be stop or skip")
+        if streaming and on_error == "skip":
+            raise InputError(
+                "--data.on_error skip: not with --data.streaming true, whose order counts every "
+                "image before any is decoded"
+            )
         if num_workers < 0:
             raise InputError(f"--data.num_workers {num_workers} must be at least 0")
         if not 0 <= seed < NUM_SEEDS:
@@ -112,6 +119,7 @@ class ImageDataModule(LightningDataModule):
         self.val_fraction = val_fraction
         self.on_error = on_error
         self.num_workers = num_workers
+        self.streaming = streaming
         self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
         self.seed = seed
 
@@ -133,9 +141,11 @@ class ImageDataModule(LightningDataModule):
                     f"--data.batch_size {self.batch_size} is more than the {self.num_train} "
                     f"training images of {self.source}"
                 )
+            if self.streaming:
+                _ = self.channel_statistics  # reads: better before training than within a step
 
     @property
-    def train_images(self) -> ImageSet:
+    def train_images(self) -> Images:
         """What is trained on."""
         return self._sets.train
 
@@ -166,7 +176,8 @@ class ImageDataModule(LightningDataModule):
 
     def note_of_skipped(self) -> str:
         """Say how many broken images were left out, as a clause; "" for none."""
-        sets = {id(images.cached): images.cached for images in self._sets if images is not None}
+        stored = [images for images in self._sets if isinstance(images, ImageSet)]
+        sets = {id(images.cached): images.cached for images in stored}
         num_skipped = sum(cached.num_skipped for cached in sets.values())
         return f" ({num_skipped:,} broken ones left out)" if num_skipped else ""
 
@@ -174,6 +185,7 @@ class ImageDataModule(LightningDataModule):
         """Give what the order of the images depends on, for checkpoints."""
         return {
             "source": self.source,
+            "streaming": self.streaming,
             "images_sha256": self.train_images.sha256,
             "batch_size": self.batch_size,
             "flip": self.flip,
@@ -204,7 +216,7 @@ class ImageDataModule(LightningDataModule):
         """
         bytes_each = int(np.prod(self.image_shape))
         limit = min(_STATISTICS_IMAGES, max(1, _STATISTICS_BYTES // bytes_each))
-        chosen = np.linspace(0, self.num_train - 1, min(limit, self.num_train)).astype(np.int64)
+        chosen = self.train_images.spread(limit)
         return channel_statistics(torch.from_numpy(self.train_images[chosen]))
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -212,7 +224,13 @@ class ImageDataModule(LightningDataModule):
         sampler = PositionSampler(
             self.batch_size, self._world_size, self._accumulate, self._rank, self._step
         )
-        return self._loader(TrainingBatches(self.train_images, self.seed, self.flip), sampler)
+        images = self.train_images
+        if isinstance(images, StreamImages):
+            batches = StreamBatches(images, self.batch_size, self.seed, self.flip)
+            pin_memory = self._device_type == "cuda"
+            return StreamLoader(batches, sampler, self.batch_size, self.num_workers, pin_memory)
+        assert isinstance(images, ImageSet)
+        return self._loader(TrainingBatches(images, self.seed, self.flip), sampler)
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """This rank's share of the validation images, in order; no loader if there are none."""
@@ -265,26 +283,31 @@ class ImageDataModule(LightningDataModule):
 
     @cached_property
     def _sets(self) -> _Sets:
-        source = open_source(self.source)
-        train_cache = self._open(source, "train", self.channels)
+        train: Images
+        if self.streaming:
+            source, train = open_stream(
+                self.source, self.size, self.channels, self.val_fraction, self.seed, self.cache_dir
+            )
+        else:
+            source = open_source(self.source)
+            train = ImageSet(self._open(source, "train", self.channels))
         # Grey images become RGB for RGB training images; the reverse would lose their colours.
-        channels: Channels | None = 3 if train_cache.shape[1] == 3 else self.channels
+        channels: Channels | None = 3 if train.image_shape[0] == 3 else self.channels
         held_out = {
             name: ImageSet(self._open(source, name, channels))
             for name in source.splits
             if name != "train"
         }
         for name, images in held_out.items():
-            if images.image_shape != train_cache.shape[1:]:
+            if images.image_shape != train.image_shape:
                 raise InputError(
                     f"--data.source {self.source}: its {name} images are {images.image_shape} "
-                    f"(channels, height, width) but its train images {train_cache.shape[1:]}; make "
+                    f"(channels, height, width) but its train images {train.image_shape}; make "
                     f"them alike by --data.image_size N or --data.channels 1"
                 )
-        train = ImageSet(train_cache)
         val = held_out.get("val") or held_out.get("test")
-        if val is None:
-            train, val = self._split(train_cache)
+        if val is None and isinstance(train, ImageSet):
+            train, val = self._split(train.cached)
         return _Sets(train, val, held_out.get("test") or val)
 
     def _open(self, source: Source, split: SplitName, channels: Channels | None) -> CachedImages:

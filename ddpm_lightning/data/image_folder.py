@@ -59,6 +59,26 @@ def open_image_folder(source: str, folder: Path, files: list[File]) -> Source:
 
     Args:
         source: What the user wrote.
+        folder: Where the files are.
+        files: What `list_files(folder)` gave.
+
+    Raises:
+        InputError: See `sort_into_splits`.
+    """
+    splits = sort_into_splits(source, folder, files)
+    return Source(
+        source,
+        # Sizes and times stand for the content: reading it all would take as long as decoding it.
+        fingerprint(["image folder", str(folder.resolve()), sorted(splits.items())]),
+        {split: ImageFiles(folder, [file.path for file in part]) for split, part in splits.items()},
+    )
+
+
+def sort_into_splits(source: str, folder: Path, files: list[File]) -> dict[SplitName, list[File]]:
+    """Tell the images of each split.
+
+    Args:
+        source: What the user wrote.
         folder: Where the files are. With a subfolder train, that is the training split, and val
             (or valid, or validation) and test are the others; without one, all images are training
             images.
@@ -67,22 +87,17 @@ def open_image_folder(source: str, folder: Path, files: list[File]) -> Source:
     Raises:
         InputError: train has no images, or two subfolders stand for one split.
     """
-    splits: dict[SplitName, str] = {"train": ""}
+    names: dict[SplitName, str] = {"train": ""}
     if (folder / "train").is_dir():
-        splits = find_splits(source, [item.name for item in folder.iterdir() if item.is_dir()])
+        names = find_splits(source, [item.name for item in folder.iterdir() if item.is_dir()])
     images = [file for file in files if file.path.lower().endswith(SUFFIXES)]
-    paths = {
-        split: [file.path for file in images if not name or file.path.startswith(name + os.sep)]
-        for split, name in splits.items()
+    splits = {
+        split: [file for file in images if not name or file.path.startswith(name + os.sep)]
+        for split, name in names.items()
     }
-    if not paths["train"]:
+    if not splits["train"]:
         raise InputError(f"--data.source {source} has no images in its subfolder train")
-    return Source(
-        source,
-        # Sizes and times stand for the content: reading it all would take as long as decoding it.
-        fingerprint(["image folder", str(folder.resolve()), sorted(splits.items()), images]),
-        {split: ImageFiles(folder, part) for split, part in paths.items() if part},
-    )
+    return {split: part for split, part in splits.items() if part}
 
 
 def _walk(folder: Path, prefix: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[File]:
