@@ -1,6 +1,6 @@
 """Batches of a stream: windows read ahead, and each worker reading what its own lanes need."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ddpm_lightning.data.batches import Batch, mirror_half
 from ddpm_lightning.data.order import NUM_BATCHES, Indices, PositionSampler
 from ddpm_lightning.data.stream_blocks import Items
-from ddpm_lightning.data.stream_files import RETRY_DELAYS, Hiccup, patiently
+from ddpm_lightning.data.stream_files import RETRY_DELAYS, StreamError
 from ddpm_lightning.data.stream_images import StreamImages, read_window
 from ddpm_lightning.data.stream_order import Part, Run, StreamOrder, Window, choose_lanes
 from ddpm_lightning.errors import InputError
@@ -82,10 +82,10 @@ class WindowReader:
                 self._threads = ThreadPoolExecutor(_NUM_READERS)
             parts = self._order.parts(window)
             shuffled = self._order.shuffle(window)
-            held[window] = self._threads.submit(self._contents, parts, shuffled)
+            held[window] = self._threads.submit(self._contents, parts, shuffled, ())
 
-    def _contents(self, parts: list[Part], shuffled: Indices) -> _Contents:
-        return _Contents(parts, shuffled, read_window(self._images.items.pieces, parts))
+    def _contents(self, parts: list[Part], shuffled: Indices, delays: Sequence[float]) -> _Contents:
+        return _Contents(parts, shuffled, read_window(self._images.items.pieces, parts, delays))
 
     def _finish(self, window: Window) -> _Contents:
         """Wait for a window; where reading it failed, read it here, as often as it takes.
@@ -95,10 +95,10 @@ class WindowReader:
         future = self._held[window.lane][window]
         try:
             return future.result()
-        except Hiccup:
+        except StreamError:
             parts, shuffled = self._order.parts(window), self._order.shuffle(window)
             again: Future[_Contents] = Future()
-            again.set_result(patiently(lambda: self._contents(parts, shuffled), RETRY_DELAYS))
+            again.set_result(self._contents(parts, shuffled, RETRY_DELAYS))
             self._held[window.lane][window] = again
             return again.result()
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -14,7 +15,6 @@ from ddpm_lightning.data.image_folder import SUFFIXES
 from ddpm_lightning.data.items import Item
 from ddpm_lightning.data.order import Indices
 from ddpm_lightning.data.stream_files import (
-    START_DELAYS,
     File,
     LocalFile,
     Stamp,
@@ -53,8 +53,17 @@ class Block(Protocol):
     def num_bytes(self) -> int:
         """About how much memory they take."""
 
-    def read(self, start: int, stop: int) -> Items:
-        """Read images [start, stop), in one attempt; see `File.read`."""
+    def read(self, start: int, stop: int, delays: Sequence[float]) -> Items:
+        """Read images [start, stop).
+
+        Args:
+            start: The first.
+            stop: Behind the last.
+            delays: Between the attempts for each range of bytes; see `patiently`.
+
+        Raises:
+            StreamError: They cannot be read.
+        """
 
     def name(self, index: int) -> str:
         """What to call image `index` in a message."""
@@ -90,7 +99,7 @@ def open_blocks(files: Sequence[File], cache_dir: Path) -> Blocks:
     if suffixes <= set(SUFFIXES):
         return _image_files(files)
     if suffixes == {".parquet"}:
-        found = _in_parallel(lambda file: _patient(lambda: open_parquet(file)), files)
+        found = _in_parallel(open_parquet, files)
         blocks: list[Block] = [block for _, column in found for block in column]
         return _described(files, [stamp for stamp, _ in found], blocks, [len(c) for _, c in found])
     if suffixes == {".tar"}:
@@ -125,7 +134,7 @@ class TarBlock(NamedTuple):
     num_images: int
     num_bytes: int
 
-    def read(self, start: int, stop: int) -> list[Item]:
+    def read(self, start: int, stop: int, delays: Sequence[float]) -> list[Item]:
         """Read images [start, stop), in as few ranges as is sensible."""
         members: list[tuple[int, int]] = self.tar.members(self.first + start, self.first + stop)
         images: list[Item] = []
@@ -136,7 +145,8 @@ class TarBlock(NamedTuple):
             ):
                 last += 1
             begin, end = members[first][0], sum(members[last])
-            data = self.tar.file.read(begin, end, self.tar.stamp)
+            read = partial(self.tar.file.read, begin, end, self.tar.stamp)
+            data = patiently(read, delays)
             for offset, size in members[first : last + 1]:
                 images.append(data[offset - begin : offset - begin + size])
         return images
@@ -163,13 +173,13 @@ class FilesBlock(NamedTuple):
     num_images: int
     num_bytes: int
 
-    def read(self, start: int, stop: int) -> list[Item]:
+    def read(self, start: int, stop: int, delays: Sequence[float]) -> list[Item]:
         """Read images [start, stop)."""
         wanted = range(self.first + start, self.first + stop)
         if self.stamps is None:
-            return [self.files[index].read_all() for index in wanted]
+            return [patiently(self.files[index].read_all, delays) for index in wanted]
         return [
-            self.files[index].read(0, size, Stamp(size, str(changed)))
+            patiently(partial(self.files[index].read, 0, size, Stamp(size, str(changed))), delays)
             for index, (size, changed) in zip(wanted, self.stamps[wanted].tolist(), strict=True)
         ]
 
@@ -243,10 +253,6 @@ def _runs(sizes: Indices, total: int) -> Iterable[tuple[int, int, int]]:
 def _in_parallel(look: Callable[[T], R], files: Sequence[T]) -> list[R]:
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
         return list(threads.map(look, files))
-
-
-def _patient(look: Callable[[], R]) -> R:
-    return patiently(look, START_DELAYS)
 
 
 def _suffix(file: File) -> str:

@@ -207,11 +207,13 @@ class RangeFile(io.RawIOBase):
     Args:
         file: The file.
         stamp: Which version of it.
+        delays: Between the attempts of a read; see `patiently`.
     """
 
-    def __init__(self, file: File, stamp: Stamp) -> None:
+    def __init__(self, file: File, stamp: Stamp, delays: Sequence[float]) -> None:
         self._file = file
         self._stamp = stamp
+        self._delays = delays
         self._position = 0
 
     def readable(self) -> bool:
@@ -237,7 +239,9 @@ class RangeFile(io.RawIOBase):
         start = min(self._position, self._stamp.size)
         stop = min(start + len(buffer), self._stamp.size)
         if start < stop:
-            buffer[: stop - start] = self._file.read(start, stop, self._stamp)
+            buffer[: stop - start] = patiently(
+                lambda: self._file.read(start, stop, self._stamp), self._delays
+            )
         self._position = stop
         return stop - start
 

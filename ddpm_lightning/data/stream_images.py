@@ -16,7 +16,7 @@ from ddpm_lightning.data.decoding import BrokenImage, decode_item
 from ddpm_lightning.data.items import Item, Source, Split, SplitName, fingerprint
 from ddpm_lightning.data.order import Indices, permutation
 from ddpm_lightning.data.stream_blocks import Block, Items, open_blocks
-from ddpm_lightning.data.stream_files import START_DELAYS, StreamError, patiently
+from ddpm_lightning.data.stream_files import START_DELAYS, StreamError
 from ddpm_lightning.data.stream_order import Part
 from ddpm_lightning.data.stream_sources import list_files
 from ddpm_lightning.errors import InputError
@@ -40,9 +40,9 @@ class Piece:
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def read(self, start: int, stop: int) -> Items:
-        """Read the piece's images [start, stop), in one attempt; see `File.read`."""
-        return self.block.read(self.start + start, self.start + stop)
+    def read(self, start: int, stop: int, delays: Sequence[float]) -> Items:
+        """Read the piece's images [start, stop); see `Block.read`."""
+        return self.block.read(self.start + start, self.start + stop, delays)
 
     def name(self, index: int) -> str:
         """What to call the piece's image `index` in a message."""
@@ -72,7 +72,7 @@ class PieceItems:
                 if len(self._kept) == _NUM_KEPT:
                     del self._kept[next(iter(self._kept))]
                 piece = self.pieces[number]
-                self._kept[number] = patiently(lambda: piece.read(0, len(piece)), START_DELAYS)
+                self._kept[number] = piece.read(0, len(piece), START_DELAYS)
             items = self._kept[number]
         return as_item(items, index - self._ends[number])
 
@@ -211,9 +211,9 @@ def describe(pieces: Sequence[Piece]) -> list[list[int]]:
     return [[piece.number, piece.start, piece.stop] for piece in pieces]
 
 
-def read_window(pieces: Sequence[Piece], parts: Sequence[Part]) -> Items:
-    """Read the parts of a window, in one attempt."""
-    found = [pieces[part.block].read(part.start, part.stop) for part in parts]
+def read_window(pieces: Sequence[Piece], parts: Sequence[Part], delays: Sequence[float]) -> Items:
+    """Read the parts of a window; see `Block.read`."""
+    found = [pieces[part.block].read(part.start, part.stop, delays) for part in parts]
     arrays = [items for items in found if isinstance(items, np.ndarray)]
     if len(arrays) == len(found) and len({array.shape[1:] for array in arrays}) == 1:
         return np.concatenate(arrays)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ddpm_lightning.data.items import Item
-from ddpm_lightning.data.stream_files import File, RangeFile, Stamp, StreamError
+from ddpm_lightning.data.stream_files import (
+    START_DELAYS,
+    File,
+    RangeFile,
+    Stamp,
+    StreamError,
+    patiently,
+)
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import Pixels
 
@@ -64,7 +72,7 @@ class RowGroup:
         """Of the images' column, uncompressed."""
         return _column_bytes(self.metadata, self.number, self.column)
 
-    def read(self, start: int, stop: int) -> list[Item] | Pixels:
+    def read(self, start: int, stop: int, delays: Sequence[float]) -> list[Item] | Pixels:
         """Read rows [start, stop); the others of the group are read too.
 
         Raises:
@@ -72,7 +80,7 @@ class RowGroup:
         """
         leaf = f"{self.column.name}.{self.column.field}" if self.column.field else self.column.name
         try:
-            file = pq.ParquetFile(RangeFile(self.file, self.stamp), metadata=self.metadata)
+            file = pq.ParquetFile(RangeFile(self.file, self.stamp, delays), metadata=self.metadata)
             table = file.read_row_group(self.number, columns=[leaf], use_threads=False)
         except pa.ArrowException as error:
             raise StreamError(f"{self.file.name}: {_one_line(error)}; copy it anew") from error
@@ -98,9 +106,9 @@ def open_parquet(file: File) -> tuple[Stamp, list[RowGroup]]:
     Raises:
         InputError: It is no Parquet file, or has no column of images.
     """
-    stamp = file.stat()
+    stamp = patiently(file.stat, START_DELAYS)
     try:
-        metadata = pq.read_metadata(RangeFile(file, stamp))
+        metadata = pq.read_metadata(RangeFile(file, stamp, START_DELAYS))
         column = find_column(metadata.schema.to_arrow_schema(), file.name)
     except pa.ArrowException as error:
         raise InputError(f"{file.name}: not a whole Parquet file ({_one_line(error)})") from error

@@ -77,15 +77,20 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _file(source: str, name: str) -> File:
-    if not _path_of(name).endswith(STREAMED):
-        raise InputError(f"--data.source {source} cannot be streamed: {TAKES}")
-    if name.startswith(("http://", "https://")):
-        return HttpFile(name)
+    is_remote = "://" in name
     path = Path(name).expanduser()
-    if "://" in name or not path.is_file():
-        hint = "" if "://" in name else suggest(source, path)
-        raise InputError(f"--data.source {source}: {name} does not exist{hint}; {TAKES}")
-    return LocalFile(str(path))
+    if not is_remote and not path.is_file():
+        missing = f"--data.source {source}" if source == name else f"--data.source {source}: {name}"
+        raise InputError(f"{missing} does not exist{suggest(source, path)}; {TAKES}")
+    if not _path_of(name).endswith(STREAMED):
+        raise InputError(f"--data.source {source}: {name} cannot be streamed: {TAKES}")
+    if not is_remote:
+        return LocalFile(str(path))
+    if not name.startswith(("http://", "https://")):
+        raise InputError(
+            f"--data.source {source}: {name} is no http:// or https:// address; {TAKES}"
+        )
+    return HttpFile(name)
 
 
 def _index(source: str, name: str) -> Mapping[SplitName, Sequence[File]]:
@@ -154,4 +159,7 @@ def _hub(source: str) -> Mapping[SplitName, Sequence[File]]:
 
 def _path_of(name: str) -> str:
     """What a name ends in, in lower case, without a URL's query."""
-    return (urlsplit(name).path if "://" in name else name).lower()
+    try:
+        return (urlsplit(name).path if "://" in name else name).lower()
+    except ValueError as error:
+        raise InputError(f"--data.source: {name} is no address ({error}); {TAKES}") from error

@@ -94,7 +94,7 @@ def index_tar(file: File, cache_dir: Path) -> TarIndex:
         try:
             len(index)
         except (OSError, ValueError, EOFError):  # not there, or damaged
-            names, table = patiently(lambda: _scan(file, stamp), START_DELAYS)
+            names, table = _scan(file, stamp)
             text = "\0".join(names).encode(errors="backslashreplace")
             write_atomically(path.with_suffix(".names"), lambda out: out.write(text))
             write_atomically(path, lambda out: np.save(out, table))
@@ -105,7 +105,7 @@ def _scan(file: File, stamp: Stamp) -> tuple[list[str], Indices]:
     """List the names of the images, and their offsets and sizes."""
     names: list[str] = []
     table: list[tuple[int, int]] = []
-    raw = io.BufferedReader(RangeFile(file, stamp), _BUFFER_BYTES)
+    raw = io.BufferedReader(RangeFile(file, stamp, START_DELAYS), _BUFFER_BYTES)
     try:
         with (
             tarfile.open(fileobj=raw, mode="r:") as tar,
