@@ -1,0 +1,166 @@
+"""Training on streams by the command line: ranks, a server that dies, the hub."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm_lightning.data import stream_batches, stream_order
+from tests.command_line import TINY_OPTIONS, run_here
+from tests.streams import Server, answer, serving, write_parquet, write_tar
+from tests.test_ranks import assert_equal_runs, launch, options
+from tests.training import assert_same_training, fit_here, load
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
+
+STREAM = (
+    "--data.streaming",
+    "true",
+    "--data.val_fraction",
+    "0",
+    "--checkpoints.every_n_steps",
+    "0",
+)
+
+
+def hang_up(path: str, handler: BaseHTTPRequestHandler) -> bool:
+    handler.close_connection = True
+    return True
+
+
+def fit(folder: Path, source: str, run: str, *arguments: object) -> Any:
+    return run_here(
+        folder,
+        *("fit", *TINY_OPTIONS, *STREAM, "--data.source", source, "--run_dir", run),
+        *("--trainer.max_steps", 30, "--samples.every_n_steps", 0, *arguments),
+    )
+
+
+def test_server_that_dies_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_order, "WINDOW_BLOCKS", 4)
+    monkeypatch.setattr(stream_batches, "RETRY_DELAYS", (0.01, 0.02))
+    write_tar(tmp_path / "served" / "0.tar", range(100))
+    with serving(tmp_path / "served") as server:
+        source = f"{server.url}/0.tar"
+        undisturbed = fit(tmp_path, source, "whole")
+        assert undisturbed.status == 0, undisturbed.err
+        num_requests = iter(range(10**6))
+        server.fault = lambda path, handler: next(num_requests) > 60 and hang_up(path, handler)
+        stopped = fit(tmp_path, source, "run")
+        assert stopped.status == 2
+        *_, line = stopped.err.splitlines()  # behind the bar
+        assert line.startswith(f"error: {source}: ")
+        assert "--ckpt_path last goes on" in line
+        assert "Traceback" not in stopped.err
+        last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+        assert 0 < load(last)["global_step"] < 30
+        server.fault = lambda path, handler: False
+        resumed = fit(tmp_path, source, "run", "--ckpt_path", "last")
+        assert resumed.status == 0, resumed.err
+    assert_same_training(last, tmp_path / "whole" / "checkpoints" / "last.ckpt")
+
+
+def test_another_stream_is_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "set" / "train-0.parquet", range(40))
+    assert fit(tmp_path, "set", "run").status == 0
+    write_parquet(tmp_path / "set" / "train-1.parquet", range(40, 50))
+    result = fit(tmp_path, "set", "run", "--ckpt_path", "last", "--trainer.max_steps", 40)
+    assert result.status == 2
+    assert "written with data.images_sha256" in result.err
+
+
+def test_training_does_not_depend_on_ranks(tmp_path: Path) -> None:
+    """One process here, and two with two workers each, reading over HTTP."""
+    for index in range(3):
+        write_tar(tmp_path / "served" / f"{index}.tar", range(30 * index, 30 * index + 30))
+    with serving(tmp_path / "served") as server:
+        source = f"{server.url}/{{0..2}}.tar"
+        shared = ["--data.streaming", "true", "--data.image_size", "8"]
+        shared += ["--data.cache_dir", str(tmp_path / "cache")]
+        fit_here(*options(source, tmp_path / "one", "32-true"), *shared)
+        two = options(source, tmp_path / "two", "32-true", devices=2, strategy="ddp")
+        launch(tmp_path, tmp_path, "fit", *two, *shared, "--data.num_workers", "2")
+    assert_equal_runs(tmp_path / "two", tmp_path / "one", 1e-5)
+
+
+HUB = """
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+from ddpm_lightning.data.datamodule import ImageDataModule
+from ddpm_lightning.errors import InputError
+from tests.streams import numbers_of
+data = ImageDataModule("owner/name", streaming=True, batch_size=8, cache_dir=sys.argv[1])
+train = data.train_images[np.arange(data.num_train)]
+print(sorted(numbers_of(torch.from_numpy(train))) == list(range(40)), data.num_val)
+try:
+    ImageDataModule("owner/other", streaming=True, batch_size=8).prepare_data()
+except InputError as error:
+    print(error)
+"""
+
+
+class Hub:
+    """As much of the hub as listing and reading a data set takes."""
+
+    revision = "a" * 40
+
+    def __init__(self, server: Server) -> None:
+        self.folder = server.folder
+        self.files = [str(p.relative_to(self.folder)) for p in self.folder.rglob("*.parquet")]
+
+    def __call__(self, path: str, handler: BaseHTTPRequestHandler) -> bool:
+        api, files = "/api/datasets/owner/name", "/datasets/owner/name/resolve/"
+        if path.startswith(f"{api}/tree/"):
+            below = path.removeprefix(f"{api}/tree/{self.revision}").strip("/")
+            entries = [self.entry(file) for file in self.files]
+            folder = {"type": "directory", "path": "data", "size": 0, "oid": self.revision}
+            self.send(handler, entries if below else [folder])
+        elif path in (api, f"{api}/revision/{self.revision}"):
+            siblings = [{"rfilename": file} for file in self.files]
+            self.send(handler, {"id": "owner/name", "sha": self.revision, "siblings": siblings})
+        elif path.startswith(files):
+            file = self.folder / path.removeprefix(files).partition("/")[2]
+            if not file.is_file():
+                answer(handler, 404, b"", X_Error_Code="EntryNotFound")
+            else:
+                handler.send_file(file)  # type: ignore[attr-defined]
+        else:
+            answer(handler, 404, b"", X_Error_Code="RepoNotFound")
+        return True
+
+    def entry(self, file: str) -> dict[str, Any]:
+        data = (self.folder / file).read_bytes()
+        oid = hashlib.sha1(data).hexdigest()
+        return {"type": "file", "path": file, "size": len(data), "oid": oid}
+
+    @staticmethod
+    def send(handler: BaseHTTPRequestHandler, content: Any) -> None:
+        answer(handler, 200, json.dumps(content).encode(), Content_Type="application/json")
+
+
+def test_data_set_on_the_hub(tmp_path: Path) -> None:
+    data = tmp_path / "repository" / "data"
+    write_parquet(data / "train-00000-of-00002.parquet", range(25))
+    write_parquet(data / "train-00001-of-00002.parquet", range(25, 40))
+    write_parquet(data / "validation-00000-of-00001.parquet", range(40, 47))
+    with serving(tmp_path / "repository") as server:
+        server.fault = Hub(server)
+        found = subprocess.run(
+            [sys.executable, "-c", HUB, str(tmp_path / "cache")],
+            env={**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert found.returncode == 0, found.stderr
+    first, second = found.stdout.splitlines()
+    assert first == "True 7"
+    assert second.startswith("--data.source owner/other cannot be loaded"), second
