@@ -98,7 +98,7 @@ def test_a_rank_has_lanes_of_its_own(num_ranks: int, accumulate: int) -> None:
 def test_what_is_read_twice_is_less_than_a_fifth() -> None:
     """Of blocks that can only be read whole, over an epoch."""
     for num_blocks in (60, 200, 600):
-        lanes, blocks = choose_lanes(128, num_blocks, 2**20)
+        lanes, blocks = choose_lanes(128, num_blocks, 2**20, 20)
         order = StreamOrder([20] * num_blocks, 128, lanes, blocks, 0)
         for num_ranks in (1, 2, 4):
             if lanes % num_ranks:
@@ -115,20 +115,26 @@ def test_what_is_read_twice_is_less_than_a_fifth() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "num_blocks", "block_bytes", "expected"),
+    ("batch_size", "num_blocks", "block_bytes", "block_images", "expected"),
     [
-        (128, 10_000, 2**20, (64, 2)),
-        (128, 10_000, 100, (64, 2)),
-        (100, 10_000, 2**20, (50, 2)),
-        (67, 10_000, 2**20, (1, 128)),
-        (128, 100, 2**20, (8, 16)),
-        (128, 3, 2**20, (1, 128)),
-        (128, 10_000, 10 * 2**20, (32, 1)),
-        (4, 10_000, 2**20, (4, 32)),
-        (128, 10_000, 2**30, (1, 1)),
+        (128, 10_000, 2**20, 100, (64, 2)),
+        (128, 10_000, 100, 1, (64, 2)),
+        (100, 10_000, 2**20, 100, (50, 2)),
+        (67, 10_000, 2**20, 100, (1, 128)),
+        (128, 100, 2**20, 100, (8, 16)),
+        (128, 3, 2**20, 100, (1, 128)),
+        (128, 200, 3 * 2**20, 1000, (16, 2)),  # many images in a block
+        (128, 10_000, 3 * 2**20, 10**6, (64, 1)),
+        (128, 10_000, 10 * 2**20, 100, (16, 1)),  # large ones
+        (4, 10_000, 2**20, 100, (4, 32)),
+        (128, 10_000, 2**30, 100, (1, 1)),
     ],
 )
 def test_lanes_and_windows(
-    batch_size: int, num_blocks: int, block_bytes: float, expected: tuple[int, int]
+    batch_size: int,
+    num_blocks: int,
+    block_bytes: float,
+    block_images: float,
+    expected: tuple[int, int],
 ) -> None:
-    assert choose_lanes(batch_size, num_blocks, block_bytes) == expected
+    assert choose_lanes(batch_size, num_blocks, block_bytes, block_images) == expected

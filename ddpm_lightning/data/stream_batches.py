@@ -133,7 +133,9 @@ class StreamBatches(Dataset[Batch]):
         pieces = images.items.pieces
         sizes = [len(piece) for piece in pieces]
         num_bytes = sum(p.block.num_bytes * len(p) / p.block.num_images for p in pieces)
-        lanes, blocks = choose_lanes(batch_size, len(pieces), num_bytes / len(pieces))
+        lanes, blocks = choose_lanes(
+            batch_size, len(pieces), num_bytes / len(pieces), sum(sizes) / len(pieces)
+        )
         self.order = StreamOrder(sizes, batch_size, lanes, blocks, seed)
         self.reader = WindowReader(images, self.order)
         self._seed = seed

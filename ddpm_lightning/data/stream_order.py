@@ -23,8 +23,9 @@ from ddpm_lightning.randomness import Stream
 
 MAX_LANES = 64
 WINDOW_BLOCKS = 128
-WINDOW_BYTES = 2**29
-"""What the windows of all lanes hold at most, in blocks and in bytes (but a block per lane)."""
+WINDOW_BYTES = 2**28
+WINDOW_IMAGES = 2**15
+"""What the windows of all lanes hold at most (but a block per lane): more would mix no better."""
 
 _BLOCKS_PER_LANE = 8
 """At least. A lane's first and last block may be its neighbours' too, and are then read twice: so
@@ -76,7 +77,9 @@ class _Epoch(NamedTuple):
     borders: Indices
 
 
-def choose_lanes(batch_size: int, num_blocks: int, block_bytes: float) -> tuple[int, int]:
+def choose_lanes(
+    batch_size: int, num_blocks: int, block_bytes: float, block_images: float
+) -> tuple[int, int]:
     """Choose how many lanes there are, and how many blocks a window has.
 
     Neither depends on the number of ranks or workers. The lanes divide the batch, so that each has
@@ -86,10 +89,12 @@ def choose_lanes(batch_size: int, num_blocks: int, block_bytes: float) -> tuple[
         batch_size: B.
         num_blocks: Of the training set.
         block_bytes: Their mean size in memory.
+        block_images: Their mean number of images.
     """
-    held = max(1, min(WINDOW_BLOCKS, int(WINDOW_BYTES // max(1.0, block_bytes))))
-    most = max(1, min(MAX_LANES, held, num_blocks // _BLOCKS_PER_LANE))
+    by_bytes = int(WINDOW_BYTES // max(1.0, block_bytes))
+    most = max(1, min(MAX_LANES, by_bytes, num_blocks // _BLOCKS_PER_LANE))
     num_lanes = max(lanes for lanes in range(1, most + 1) if batch_size % lanes == 0)
+    held = min(WINDOW_BLOCKS, by_bytes, int(WINDOW_IMAGES // block_images))
     return num_lanes, max(1, held // num_lanes)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ddpm_lightning.data.items import Item
@@ -86,7 +87,7 @@ class RowGroup:
             raise StreamError(f"{self.file.name}: {_one_line(error)}; copy it anew") from error
         rows = table.column(0).slice(start, stop - start).combine_chunks()
         if self.column.field:
-            rows = pa.compute.struct_field(rows, self.column.field)
+            rows = pc.struct_field(rows, self.column.field)
         if rows.null_count:
             row = start + rows.is_null().to_pylist().index(True)
             raise StreamError(f"{self.name(row)} has no image; leave such rows out of the file")
