@@ -24,6 +24,8 @@ from ddpm_lightning.data.stream_files import StreamError
 from ddpm_lightning.data.stream_images import StreamImages
 from ddpm_lightning.data.stream_sources import expand_braces
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.metrics.features import make_extractor
+from ddpm_lightning.metrics.reference import reference_of
 from tests.streams import (
     SIZE,
     WRITERS,
@@ -455,6 +457,40 @@ def test_identity(make: Make, streams: Path, server: Server, tmp_path: Path) -> 
         decoded.check_same_data(
             {"ImageDataModule": make(streams / "folder").state_dict()}, "last.ckpt"
         )
+
+
+def test_features_of_a_stream_are_a_reference(make: Make, streams: Path, tmp_path: Path) -> None:
+    """They are those of the same images decoded beforehand, but under another name."""
+    extractor = make_extractor("tests.extractors.Small")
+    stream = make(streams / "folder").train_images
+    decoded = ImageDataModule(
+        str(streams / "folder"), cache_dir=str(tmp_path / "cache"), val_fraction=0
+    ).train_images
+    found, expected = (
+        reference_of(images, "x", extractor, ["fd"], tmp_path / "cache")
+        for images in (stream, decoded)
+    )
+    assert torch.equal(found.features.moments.covariance, expected.features.moments.covariance)
+    assert found.protocol["reference"]["num_images"] == NUM_IMAGES
+    assert (
+        found.protocol["reference"]["images_sha256"]
+        != expected.protocol["reference"]["images_sha256"]
+    )
+
+
+def test_indices_and_statistics(make: Make, streams: Path) -> None:
+    for kind in KINDS:
+        data = make(streams / kind, val_fraction=0.1)
+        batch = join(take(data.train_dataloader(), 15))
+        again = data.train_images[data.training_indices(batch.positions)]
+        np.testing.assert_array_equal(again, batch.images.numpy())
+        pixels = data.train_images[data.train_images.spread(10_000)].astype(np.float32)
+        assert float(data.channel_statistics[0]) == pytest.approx(float(pixels.mean()))
+        assert len(data.train_images.spread(7)) == 7
+    decoded = ImageDataModule(cache_dir=str(streams / "digits"), batch_size=BATCH)
+    batch = join(take(decoded.train_dataloader(), 2))
+    again = decoded.train_images[decoded.training_indices(batch.positions)]
+    np.testing.assert_array_equal(again, batch.images.numpy())
 
 
 def test_a_changed_folder_is_noticed(make: Make, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from ddpm_lightning.data.order import micro_batch
+from ddpm_lightning.data.order import Indices, micro_batch
 from ddpm_lightning.data.stream_order import StreamOrder, Window, choose_lanes
 
 # sizes of the blocks, B, lanes, blocks in a window
@@ -19,12 +19,12 @@ LAYOUTS = [
 ]
 
 
-def images(order: StreamOrder, positions: np.ndarray) -> list[tuple[int, int]]:
-    """(block, place in it) at each position."""
-    found: list[tuple[int, int]] = []
+def images(order: StreamOrder, positions: Indices) -> list[int]:
+    """The images at positions, window by window as a reader finds them."""
+    found: list[int] = []
     for run in order.runs(positions):
         rows = [
-            (part.block, row)
+            1000 * part.block + row
             for part in order.parts(run.window)
             for row in range(part.start, part.stop)
         ]
@@ -38,13 +38,15 @@ def test_every_epoch_has_every_image_once(
     sizes: list[int], batch_size: int, lanes: int, blocks: int
 ) -> None:
     order = StreamOrder(sizes, batch_size, lanes, blocks, seed=3)
-    all_images = [(block, row) for block, size in enumerate(sizes) for row in range(size)]
+    all_images = [1000 * block + row for block, size in enumerate(sizes) for row in range(size)]
     epochs = [
         images(order, np.arange(epoch * sum(sizes), (epoch + 1) * sum(sizes)))
         for epoch in (0, 1, 2, 1000)
     ]
     for shown in epochs:
         assert sorted(shown) == all_images
+    told = order.indices(np.arange(sum(sizes)))
+    assert [all_images[index] for index in told.tolist()] == epochs[0]
     assert len({tuple(shown) for shown in epochs}) == 4
     assert (
         images(StreamOrder(sizes, batch_size, lanes, blocks, seed=4), np.arange(40))

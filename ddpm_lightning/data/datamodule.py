@@ -20,6 +20,7 @@ from ddpm_lightning.data.cache import (
 )
 from ddpm_lightning.data.items import Source, SplitName
 from ddpm_lightning.data.order import (
+    GlobalOrder,
     Indices,
     PositionSampler,
     check_batch_size,
@@ -219,6 +220,12 @@ class ImageDataModule(LightningDataModule):
         chosen = self.train_images.spread(limit)
         return channel_statistics(torch.from_numpy(self.train_images[chosen]))
 
+    def training_indices(self, positions: Indices) -> Indices:
+        """Tell which of `train_images` are at positions of the run's order, int64 [N]."""
+        if isinstance(self.train_images, StreamImages):
+            return self._stream_batches(self.train_images).order.indices(positions)
+        return GlobalOrder(self.num_train, self.seed).indices(positions)
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Endless batches of this rank, from the trainer's step on."""
         sampler = PositionSampler(
@@ -226,11 +233,14 @@ class ImageDataModule(LightningDataModule):
         )
         images = self.train_images
         if isinstance(images, StreamImages):
-            batches = StreamBatches(images, self.batch_size, self.seed, self.flip)
+            batches = self._stream_batches(images)
             pin_memory = self._device_type == "cuda"
             return StreamLoader(batches, sampler, self.batch_size, self.num_workers, pin_memory)
         assert isinstance(images, ImageSet)
         return self._loader(TrainingBatches(images, self.seed, self.flip), sampler)
+
+    def _stream_batches(self, images: StreamImages) -> StreamBatches:
+        return StreamBatches(images, self.batch_size, self.seed, self.flip)
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """This rank's share of the validation images, in order; no loader if there are none."""

@@ -147,6 +147,15 @@ class StreamOrder:
                 runs.append(Run(window, slice(first, last), places[first:last] - window.start))
         return runs
 
+    def indices(self, positions: Indices) -> Indices:
+        """Tell which image is at each position, int64 [N]: its place among all, block by block."""
+        firsts = np.cumsum(self._sizes) - self._sizes
+        indices = np.empty_like(positions)
+        for run in self.runs(positions):
+            here = [firsts[b] + np.arange(start, stop) for b, start, stop in self.parts(run.window)]
+            indices[run.where] = np.concatenate(here)[self.shuffle(run.window)[run.offsets]]
+        return indices
+
     def parts(self, window: Window) -> list[Part]:
         """List the parts of blocks that a window is made of, in its unshuffled order."""
         blocks, ends, _ = self._epoch(window.epoch)
