@@ -1,1 +1,1 @@
-"""Measurements beside peers, or beside what cannot be avoided; each a script that prints a table."""
+"""Measurements beside peers, or beside what cannot be avoided; each script prints a table."""
