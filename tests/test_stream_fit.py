@@ -3,8 +3,12 @@
 import hashlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ from typing import Any
 import pytest
 
 from ddpm_lightning.data import stream_batches, stream_order
-from tests.command_line import TINY_OPTIONS, run_here
+from tests.command_line import TINY_OPTIONS, run_here, start_process
 from tests.streams import Server, answer, serving, write_parquet, write_tar
 from tests.test_ranks import assert_equal_runs, launch, options
 from tests.training import assert_same_training, fit_here, load
@@ -34,12 +38,15 @@ def hang_up(path: str, handler: BaseHTTPRequestHandler) -> bool:
     return True
 
 
-def fit(folder: Path, source: str, run: str, *arguments: object) -> Any:
-    return run_here(
-        folder,
-        *("fit", *TINY_OPTIONS, *STREAM, "--data.source", source, "--run_dir", run),
-        *("--trainer.max_steps", 30, "--samples.every_n_steps", 0, *arguments),
+def fit_options(source: str, run: str, *arguments: object) -> list[str]:
+    given = ("fit", *TINY_OPTIONS, *STREAM, "--data.source", source, "--run_dir", run)
+    return list(
+        map(str, (*given, "--trainer.max_steps", 30, "--samples.every_n_steps", 0, *arguments))
     )
+
+
+def fit(folder: Path, source: str, run: str, *arguments: object) -> Any:
+    return run_here(folder, *fit_options(source, run, *arguments))
 
 
 def test_server_that_dies_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +71,39 @@ def test_server_that_dies_costs_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         resumed = fit(tmp_path, source, "run", "--ckpt_path", "last")
         assert resumed.status == 0, resumed.err
     assert_same_training(last, tmp_path / "whole" / "checkpoints" / "last.ckpt")
+
+
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+def test_signals_do_not_wait_for_a_server(tmp_path: Path, num_workers: int) -> None:
+    """It hangs for minutes; SIGTERM saves the step, and says how to go on."""
+    write_tar(tmp_path / "served" / "0.tar", range(4000))
+    with serving(tmp_path / "served") as server:
+        released, is_hanging = threading.Event(), threading.Event()
+        last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+
+        def hang(path: str, handler: BaseHTTPRequestHandler) -> bool:
+            if last.exists():
+                is_hanging.set()
+                released.wait()
+            return False
+
+        server.fault = hang
+        arguments = ["--trainer.max_steps", 10**6, "--checkpoints.every_n_steps", 1]
+        arguments += ["--data.num_workers", num_workers]
+        process = start_process(tmp_path, *fit_options(f"{server.url}/0.tar", "run", *arguments))
+        try:
+            assert is_hanging.wait(60)
+            time.sleep(1)  # or it hears the signal before it waits: the same holds
+            process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=60)
+        finally:
+            released.set()
+            process.kill()
+    assert process.returncode == 143, err
+    told = re.search(r"stopped by SIGTERM at step (\d+); go on with: ", out)
+    assert told is not None, out
+    assert load(last)["global_step"] == int(told[1])
+    assert "Traceback" not in err
 
 
 def test_another_stream_is_refused(tmp_path: Path) -> None:

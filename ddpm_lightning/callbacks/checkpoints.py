@@ -19,7 +19,7 @@ from ddpm_lightning.callbacks.shared import (
 from ddpm_lightning.callbacks.signals import is_stopping, stop
 from ddpm_lightning.checkpoints import load_checkpoint
 from ddpm_lightning.data.datamodule import Batch
-from ddpm_lightning.data.stream_files import StreamError
+from ddpm_lightning.data.stream_batches import StreamLost
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import write_atomically
 from ddpm_lightning.module import DDPM
@@ -138,14 +138,9 @@ class Checkpoints(Checkpoint):
             _link(self.folder(trainer) / "last.ckpt", self.folder(trainer) / f"step={step}.ckpt")
 
     def on_exception(self, trainer: Trainer, pl_module: DDPM, exception: BaseException) -> None:
-        """Keep what was trained until a stream could not be read on: it stops between steps.
-
-        Not on many ranks, where the others wait for this one within the next step; nor amid
-        accumulated batches, since training goes on at whole steps.
-        """
-        num_batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        between_steps = num_batches % trainer.accumulate_grad_batches == 0
-        if isinstance(exception, StreamError) and trainer.world_size == 1 and between_steps:
+        """Keep what was trained until a stream could not be read on: all ranks stop there."""
+        if isinstance(exception, StreamLost):
+            is_stopping(trainer, agree=True)  # a signal may have ended the wait
             self._save(trainer, ["last"] if trainer.global_step else [])
 
     def _is_best(self, trainer: Trainer) -> bool:

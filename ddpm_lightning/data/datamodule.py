@@ -234,8 +234,14 @@ class ImageDataModule(LightningDataModule):
         images = self.train_images
         if isinstance(images, StreamImages):
             batches = self._stream_batches(images)
-            pin_memory = self._device_type == "cuda"
-            return StreamLoader(batches, sampler, self.batch_size, self.num_workers, pin_memory)
+            return StreamLoader(
+                batches,
+                sampler,
+                self.batch_size,
+                self._accumulate,
+                self.num_workers,
+                pin_memory=self._device_type == "cuda",
+            )
         assert isinstance(images, ImageSet)
         return self._loader(TrainingBatches(images, self.seed, self.flip), sampler)
 

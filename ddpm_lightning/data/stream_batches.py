@@ -1,12 +1,14 @@
 """Batches of a stream: windows read ahead, and each worker reading what its own lanes need."""
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import islice
+from multiprocessing.pool import ThreadPool
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ddpm_lightning.data.batches import Batch, mirror_half
@@ -43,8 +45,9 @@ class WindowReader:
     def __init__(self, images: StreamImages, order: StreamOrder) -> None:
         self._images = images
         self._order = order
-        self._held: dict[int, dict[Window, Future[_Contents]]] = {}
-        self._threads: ThreadPoolExecutor | None = None  # only in the process that reads
+        self._held: dict[int, dict[Window, Callable[[], _Contents]]] = {}
+        # Only in the process that reads; they keep none from ending (an executor's would).
+        self._threads: ThreadPool | None = None
 
     def read(self, positions: Indices) -> Pixels:
         """Give the images at `positions`, int64 [n], as uint8 [n, C, H, W].
@@ -79,10 +82,10 @@ class WindowReader:
         held = self._held.setdefault(window.lane, {})
         if window not in held:
             if self._threads is None:
-                self._threads = ThreadPoolExecutor(_NUM_READERS)
+                self._threads = ThreadPool(_NUM_READERS)
             parts = self._order.parts(window)
             shuffled = self._order.shuffle(window)
-            held[window] = self._threads.submit(self._contents, parts, shuffled, ())
+            held[window] = self._threads.apply_async(self._contents, (parts, shuffled, ())).get
 
     def _contents(self, parts: list[Part], shuffled: Indices, delays: Sequence[float]) -> _Contents:
         return _Contents(parts, shuffled, read_window(self._images.items.pieces, parts, delays))
@@ -90,17 +93,16 @@ class WindowReader:
     def _finish(self, window: Window) -> _Contents:
         """Wait for a window; where reading it failed, read it here, as often as it takes.
 
-        The threads try once only, so that none of them keeps a process that wants to end.
+        The threads try once only: waiting belongs where a signal can end it.
         """
-        future = self._held[window.lane][window]
+        held = self._held[window.lane]
         try:
-            return future.result()
+            return held[window]()
         except StreamError:
             parts, shuffled = self._order.parts(window), self._order.shuffle(window)
-            again: Future[_Contents] = Future()
-            again.set_result(self._contents(parts, shuffled, RETRY_DELAYS))
-            self._held[window.lane][window] = again
-            return again.result()
+            contents = self._contents(parts, shuffled, RETRY_DELAYS)
+            held[window] = lambda: contents
+            return contents
 
     def _move_on(self, run: Run) -> None:
         """Drop what a lane has shown, and begin with what it will show."""
@@ -180,16 +182,28 @@ class _Shares(Sampler[Indices]):
         return NUM_BATCHES
 
 
+class StreamLost(StreamError):
+    """A rank cannot read on, and all of them have stopped before the same step."""
+
+
+class _WaitEnded(Exception):
+    """A signal came while the next step's images were waited for."""
+
+
 class StreamLoader(DataLoader[Batch]):
     """Endless batches of one rank.
 
     DataLoader gives whole batches to its workers in turn, so that each would read all lanes of the
     rank. Here each makes a part of every batch, from lanes of its own; the parts are joined.
 
+    Where a stream cannot be read on, all ranks stop before the same step: only then can what was
+    trained be saved. Thus each has all of a step's images before it gives the first of them.
+
     Args:
         dataset: The stream's images.
         positions: The rank's.
         batch_size: Images per step over all ranks.
+        accumulate: Micro-batches in a step.
         num_workers: Processes; 0 reads in this one.
         pin_memory: Whether the images go to a GPU.
     """
@@ -199,11 +213,18 @@ class StreamLoader(DataLoader[Batch]):
         dataset: StreamBatches,
         positions: PositionSampler,
         batch_size: int,
+        accumulate: int,
         num_workers: int,
         pin_memory: bool,
     ) -> None:
         self._num_parts = max(1, num_workers)
+        self._accumulate = accumulate
         self._pin = pin_memory
+        self._is_waiting = False
+        # on the host, so that nobody waits for a device
+        self._ranks: dist.ProcessGroup | None = None
+        if dist.is_initialized():
+            self._ranks = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         shares = _Shares(positions, self._num_parts, batch_size, dataset.order.slots_per_lane)
         super().__init__(
             dataset,
@@ -214,20 +235,58 @@ class StreamLoader(DataLoader[Batch]):
         )
 
     def __iter__(self) -> Any:
-        """Yield batches; raise what a worker could not help.
+        """Yield batches.
 
         Raises:
-            StreamError: The stream cannot be read on.
+            StreamLost: The stream cannot be read on, by this rank or another; or see `end_wait`.
         """
         parts = super().__iter__()
         while True:
-            joined = [next(parts) for _ in range(self._num_parts)]
-            for part in joined:
-                if isinstance(part, InputError):
-                    raise part
-            images = torch.cat([part.images for part in joined])
-            positions = np.concatenate([part.positions for part in joined])
-            yield Batch(images.pin_memory() if self._pin else images, positions)
+            batches: list[Batch] = []
+            failure = ""
+            self._is_waiting = True
+            try:
+                batches = [self._join(parts) for _ in range(self._accumulate)]
+            except StreamError as error:
+                failure = str(error)
+            except _WaitEnded:
+                failure = "a signal ended the wait for images of the stream"
+            finally:
+                self._is_waiting = False
+            if failure := self._first_of_all_ranks(failure):
+                raise StreamLost(failure)
+            yield from batches
+
+    def end_wait(self) -> None:
+        """Stop waiting for images, which may take minutes: for the handler of a signal.
+
+        Nothing happens where none are waited for.
+        """
+        if self._is_waiting:
+            raise _WaitEnded
+
+    def _join(self, parts: Iterator[Batch | InputError]) -> Batch:
+        """Make a batch of what the workers give; raise what one of them could not help."""
+        joined = []
+        for part in islice(parts, self._num_parts):
+            if isinstance(part, InputError):
+                raise part
+            joined.append(part)
+        images = torch.cat([part.images for part in joined])
+        positions = np.concatenate([part.positions for part in joined])
+        return Batch(images.pin_memory() if self._pin else images, positions)
+
+    def _first_of_all_ranks(self, failure: str) -> str:
+        """Give the message of the first rank that has one, else ""; all ranks must call."""
+        if self._ranks is None:
+            return failure
+        any_failed = torch.tensor(bool(failure), dtype=torch.int32)
+        dist.all_reduce(any_failed, dist.ReduceOp.MAX, group=self._ranks)
+        if not any_failed:
+            return ""
+        failures = [""] * dist.get_world_size()
+        dist.all_gather_object(failures, failure, group=self._ranks)
+        return next(message for message in failures if message)
 
 
 def _as_it_is(batch: Any) -> Any:
