@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -213,6 +215,38 @@ def test_memory_holds_windows_alone(
         held.append(batches.reader.num_held)
     assert max(held) <= 2 * 16 * 20
     assert min(held) > 16
+
+
+MEMORY = """
+import resource, sys
+from ddpm_lightning.data import stream_order
+from ddpm_lightning.data.datamodule import ImageDataModule
+stream_order.WINDOW_BYTES = 2**23
+data = ImageDataModule(sys.argv[1], streaming=True, val_fraction=0, cache_dir=sys.argv[2])
+batches = iter(data.train_dataloader())
+def most(num_batches):
+    for _ in range(num_batches):
+        next(batches)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+print(most(100), most(data.num_train // data.batch_size))
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
+    """An epoch of 384 MiB by windows of 8: the peak stays where it was after a few of them."""
+    rows = np.random.default_rng(0).integers(0, 256, 2**17 * 3072, dtype=np.uint8)
+    table = pa.table({"image": pa.FixedSizeListArray.from_arrays(pa.array(rows), 3072)})
+    pq.write_table(table, tmp_path / "raw.parquet", row_group_size=64, compression="none")
+    found = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path / "raw.parquet"), str(tmp_path / "cache")],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert found.returncode == 0, found.stderr
+    before, after = map(int, found.stdout.split())
+    assert after - before < 48, found.stdout  # MiB
 
 
 # validation
