@@ -138,6 +138,15 @@ def test_every_image_once_whatever_cuts_the_batches(
             assert_equal(join([part for rank in ranks for part in rank[here]]), whole[step])
 
 
+def test_fewer_blocks_than_workers(make: Make, tmp_path: Path) -> None:
+    """Two of the three have nothing to do: no hang, and no image is lost at an epoch's end."""
+    write_parquet(tmp_path / "one.parquet", range(10))
+    batches = take(make(tmp_path / "one.parquet", batch_size=4, num_workers=3).train_dataloader(), 5)
+    assert [len(batch.images) for batch in batches] == [4] * 5
+    numbers = numbers_of(join(batches).images)
+    assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_gives_the_tail_and_reads_a_window_again_at_most(
     make: Make, streams: Path, kind: str, monkeypatch: pytest.MonkeyPatch
