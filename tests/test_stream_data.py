@@ -141,7 +141,9 @@ def test_every_image_once_whatever_cuts_the_batches(
 def test_fewer_blocks_than_workers(make: Make, tmp_path: Path) -> None:
     """Two of the three have nothing to do: no hang, and no image is lost at an epoch's end."""
     write_parquet(tmp_path / "one.parquet", range(10))
-    batches = take(make(tmp_path / "one.parquet", batch_size=4, num_workers=3).train_dataloader(), 5)
+    batches = take(
+        make(tmp_path / "one.parquet", batch_size=4, num_workers=3).train_dataloader(), 5
+    )
     assert [len(batch.images) for batch in batches] == [4] * 5
     numbers = numbers_of(join(batches).images)
     assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10))
@@ -254,6 +256,7 @@ def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
         timeout=600,
     )
     assert found.returncode == 0, found.stderr
+    assert "Traceback" not in found.stderr  # of the threads, when Python ends
     before, after = map(int, found.stdout.split())
     assert after - before < 48, found.stdout  # MiB
 

@@ -1,5 +1,6 @@
 """Batches of a stream: windows read ahead, and each worker reading what its own lanes need."""
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -83,6 +84,8 @@ class WindowReader:
         if window not in held:
             if self._threads is None:
                 self._threads = ThreadPool(_NUM_READERS)
+                # also when Python ends, while it still can
+                weakref.finalize(self, self._threads.terminate)
             parts = self._order.parts(window)
             shuffled = self._order.shuffle(window)
             held[window] = self._threads.apply_async(self._contents, (parts, shuffled, ())).get
