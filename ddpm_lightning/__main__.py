@@ -13,7 +13,15 @@ COMMANDS = {
     "fit": ("ddpm_lightning.cli:main", "train; with no option at all, on handwritten digits"),
     "validate": ("ddpm_lightning.cli:main", "validation loss of a checkpoint"),
     "test": ("ddpm_lightning.cli:main", "the same on the test split"),
+    "combinations": (
+        "ddpm_lightning.commands.combinations:main",
+        "which predictions, losses, weightings and variances go together",
+    ),
     "sample": ("ddpm_lightning.commands.sample:main", "turn noise into PNGs with a checkpoint"),
+    "reconstruct": (
+        "ddpm_lightning.commands.reconstruct:main",
+        "turn images into noise and back, with DDIM",
+    ),
     "fid": ("ddpm_lightning.commands.fid:main", "judge checkpoints or images: FID, KID, IS, P&R"),
 }
 

@@ -1,13 +1,16 @@
 """What a checkpoint file holds, how it is checked, and how a network is rebuilt from it.
 
-A checkpoint is Lightning's dictionary with three keys of ours: `hyper_parameters` (plain values
-that rebuild the module), `ema_state_dict` (`state_dict` holds the raw weights), `format_version`.
+A checkpoint is Lightning's dictionary with four keys of ours: `hyper_parameters` (plain values
+that rebuild the module), `ema_state_dict` (`state_dict` holds the raw weights), `format_version`,
+and, from version 2 on, `content_sha256`, which is checked whenever a file is read.
 It loads with `weights_only=True`: nothing in the file is executed.
 """
 
 import hashlib
 import importlib
 import inspect
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +19,16 @@ from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+# What models were before hyper_parameters said so.
+_VERSION_1: dict[str, Any] = {
+    "zero_terminal_snr": False,
+    "prediction": "noise",
+    "loss": "simple",
+    "weighting": "none",
+    "timestep_sampling": "uniform",
+}
 
 Weights = Literal["ema", "raw"]
 
@@ -84,7 +96,8 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
         mmap: Map the tensors from the file, so that only those that are used are read.
 
     Raises:
-        InputError: There is no such file, or it is damaged, foreign or newer than this code.
+        InputError: There is no such file, or it is damaged, foreign or newer than this code. Any
+            byte that changes what is read is found, by `content_sha256`.
     """
     path = Path(path)
     if not path.is_file():
@@ -107,7 +120,56 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     missing = {"state_dict", "hyper_parameters", "global_step"} - checkpoint.keys()
     if missing:
         raise InputError(f"{path}: the checkpoint lacks {', '.join(sorted(missing))}")
+    # version 1 has no digest
+    is_sealed = version > 1 or "content_sha256" in checkpoint
+    if is_sealed and checkpoint.get("content_sha256") != content_sha256(checkpoint):
+        raise InputError(
+            f"{path}: damaged, its content is not what was written; use another one, such as the "
+            "newest step=N.ckpt beside it"
+        )
+    if version == 1 and isinstance(checkpoint["hyper_parameters"], dict):
+        checkpoint["hyper_parameters"] = {**_VERSION_1, **checkpoint["hyper_parameters"]}
     return checkpoint
+
+
+def seal(checkpoint: dict[str, Any]) -> None:
+    """Note the version and the digest of a checkpoint that is whole."""
+    checkpoint["format_version"] = FORMAT_VERSION
+    checkpoint["content_sha256"] = content_sha256(checkpoint)
+
+
+def content_sha256(checkpoint: dict[str, Any]) -> str:
+    """Hash all that a checkpoint holds but this digest: keys, tensors and plain values.
+
+    The file's own check sums would not do: torch does not look at them.
+    """
+    content = {key: value for key, value in checkpoint.items() if key != "content_sha256"}
+    leaves = list(_leaves(content, ""))
+    with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter
+        texts = pool.map(lambda leaf: f"{leaf[0]}: {_text_of(leaf[1])}\n", leaves)
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield what is in a nest of dicts and lists, each under the keys that lead to it."""
+    if isinstance(value, dict | list | tuple):
+        yield name, f"{type(value).__name__} of {len(value)}"
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in items:
+            yield from _leaves(part, f"{name}/{key!r}")
+    else:
+        yield name, value
+
+
+def _text_of(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    values = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+    sha256 = hashlib.sha256(values.numpy().data).hexdigest()
+    return f"{value.dtype} {list(value.shape)} {sha256}"
 
 
 def file_sha256(path: str | Path) -> str:
@@ -142,7 +204,8 @@ def check_same_model(checkpoint: dict[str, Any], ours: dict[str, Any], path: str
         InputError: They differ.
     """
     theirs, mine = flatten(checkpoint["hyper_parameters"]), flatten(ours)
-    for key in sorted(theirs.keys() | mine.keys()):
+    # the variance before the network, whose channels follow from it
+    for key in sorted(theirs.keys() | mine.keys(), key=lambda key: (key != "variance", key)):
         if theirs.get(key) != mine.get(key):
             raise InputError(
                 f"{path}: written with model.{key} = {theirs.get(key)}, but this command has "

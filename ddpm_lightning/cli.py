@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from ddpm_lightning.callbacks import (
     EMA,
@@ -16,20 +15,26 @@ from ddpm_lightning.callbacks import (
     AtomicCheckpointIO,
     Checkpoints,
     Curves,
+    Nonfinite,
     Progress,
     Samples,
+    Signals,
 )
 from ddpm_lightning.callbacks.run_logger import RunLogger
 from ddpm_lightning.callbacks.shared import find_callback
 from ddpm_lightning.checkpoints import check_same_model, load_checkpoint
+from ddpm_lightning.commands.faults import go_on_command, told_in_one_line
 from ddpm_lightning.commands.options import LineErrors
 from ddpm_lightning.commands.shell import announce, refusals_of, run_command
+from ddpm_lightning.commands.trainer_checks import check_strategy, check_trainer
 from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.data.order import check_batch_size
+from ddpm_lightning.diffusion.process import LEARNED_VARIANCES
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.module import DDPM
+from ddpm_lightning.nonfinite import OnNonfinite
 from ddpm_lightning.randomness import NUM_SEEDS
-from ddpm_lightning.runs import Run, choose_run, find_checkpoint, is_rank_zero
+from ddpm_lightning.runs import Run, RunLock, choose_run, find_checkpoint, is_rank_zero
 
 # With the defaults in the signatures of DDPM, ImageDataModule, UNet and the callbacks, these are
 # the digits experiment.
@@ -56,25 +61,28 @@ class CLI(LightningCLI):
     """Wires the parts together; each part's own signature says what its options are."""
 
     run: Run | None = None
+    lock: RunLock | None = None
     ckpt_path: str | None = None
 
     def __init__(self) -> None:
         usages = {name: {"usage": f"{PROG} {name} [options]"} for name in self.subcommands()}
         try:
-            super().__init__(
-                DDPM,
-                ImageDataModule,
-                save_config_callback=None,  # it writes to the logger's folder; ours is known before
-                trainer_defaults=TRAINER_DEFAULTS,
-                parser_class=Parser,
-                # a half-written name is no option, as it is none in a file
-                parser_kwargs={"prog": PROG, "allow_abbrev": False, **usages},
-                auto_configure_optimizers=False,
-            )
-        except BaseException:
+            with told_in_one_line(self):
+                super().__init__(
+                    DDPM,
+                    ImageDataModule,
+                    save_config_callback=None,  # it writes to the logger's folder, not yet known
+                    trainer_defaults=TRAINER_DEFAULTS,
+                    parser_class=Parser,
+                    # a half-written name is no option, as it is none in a file
+                    parser_kwargs={"prog": PROG, "allow_abbrev": False, **usages},
+                    auto_configure_optimizers=False,
+                )
+        finally:
+            if self.lock is not None:
+                self.lock.release()
             if self.run is not None:
-                self.run.discard()
-            raise
+                self.run.discard()  # if nothing is in it
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -107,6 +115,13 @@ class CLI(LightningCLI):
             default=None,
             help="The experiment's name; the names of the --config files when left out.",
         )
+        parser.add_argument(
+            "--on_nonfinite",
+            type=OnNonfinite,
+            default="stop",
+            help="Where loss or gradient is not finite: stop, leaving the last good checkpoint, or "
+            "skip the step and count it.",
+        )
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(FID, "fid")
@@ -114,6 +129,7 @@ class CLI(LightningCLI):
         parser.set_defaults({"model.net": {"class_path": "ddpm_lightning.networks.UNet"}})
         for part in ("model", "data"):
             parser.link_arguments("seed_everything", f"{part}.seed")
+        parser.link_arguments("on_nonfinite", "model.on_nonfinite")
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would let the checkpoint's hyper-parameters silently replace what was asked for.
@@ -130,13 +146,15 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle the run's folder and say where it is, before anything else."""
         config = self.config[self.subcommand]
-        _check_trainer(config.trainer)
+        check_trainer(config.trainer)
+        _widen_output(config.model)
         config.experiment = config.experiment or _experiment_name(config.config)
         if self.subcommand == "fit":
             self.run, self.ckpt_path = choose_run(
                 config.run_dir, config.experiment, config.ckpt_path
             )
             if self.run is not None and is_rank_zero():
+                self.lock = RunLock(self.run.root)
                 announce(f"run: {self.run.root}")
         elif config.ckpt_path is None:
             raise InputError(f"{self.subcommand} needs --ckpt_path FILE, or --ckpt_path last")
@@ -147,8 +165,14 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer with this project's callbacks, its run folder as root."""
-        config = self.config_init[self.subcommand].trainer
-        callbacks = [Curves(), *([Progress()] if config.enable_progress_bar is not False else [])]
+        options = self.config_init[self.subcommand]
+        config = options.trainer
+        callbacks = [Nonfinite(options.on_nonfinite), Curves()]
+        if self.subcommand == "fit":  # on all ranks, of which the first alone knows a new folder
+            root = self.run.root if self.run is not None else Path()
+            callbacks.insert(0, Signals(go_on_command(root)))
+        if config.enable_progress_bar is not False:
+            callbacks.append(Progress())
         config.callbacks = [*callbacks, *_listed(config.callbacks)]
         config.plugins = [*_listed(config.plugins), AtomicCheckpointIO()]
         if self.run is not None:
@@ -161,7 +185,7 @@ class CLI(LightningCLI):
             )
         with refusals_of("--trainer"):
             trainer = super().instantiate_trainer(**kwargs)
-        _check_strategy(trainer)
+        check_strategy(trainer)
         return trainer
 
     def instantiate_classes(self) -> None:
@@ -188,9 +212,8 @@ class CLI(LightningCLI):
     def _prepare_training(self) -> None:
         """Check what only training needs."""
         samples = find_callback(self.trainer, Samples)
-        if samples is not None and samples.every_n_steps:
-            with refusals_of("--samples.num_steps"):
-                samples.sampler.respace(self.model.process)
+        if samples is not None:
+            samples.check(self.model.process)
         fid = find_callback(self.trainer, FID)
         if fid is not None and fid.every_n_steps:
             fid.check(self.model.process, find_callback(self.trainer, EMA))
@@ -252,6 +275,9 @@ class CLI(LightningCLI):
                 f"judging took {fid.seconds:.0f} s, {fid.share_of_time():.0%} of the time; "
                 f"records: {self.run.root / 'fid'}"
             )
+        nonfinite = find_callback(self.trainer, Nonfinite)
+        if nonfinite is not None and nonfinite.num_skipped:
+            lines.append(f"skipped: {nonfinite.num_skipped} steps that were not finite")
         announce("\n".join(lines))
 
     def after_validate(self) -> None:
@@ -285,57 +311,23 @@ def _experiment_name(configs: list[Any] | None) -> str:
     return "+".join(Path(str(config)).stem for config in configs or []) or "digits"
 
 
-def _check_trainer(options: Any) -> None:
-    """Refuse options of Lightning's Trainer that it takes but that would not train.
+def _widen_output(model: Any) -> None:
+    """Give a network for a learned variance twice the output channels, unless it has them.
 
-    Raises:
-        InputError: There is one.
+    So `--model.variance learned_range` is enough for networks that say their channels as UNet does;
+    the model refuses others by the channels that it needs.
     """
-    if options.max_epochs != -1:
-        raise InputError(
-            "--trainer.max_epochs: training is counted in optimizer steps, say "
-            "--trainer.max_steps N (N x --data.batch_size images)"
-        )
-    if isinstance(options.val_check_interval, float):
-        raise InputError(
-            f"--trainer.val_check_interval {options.val_check_interval}: data has no end to take "
-            "a share of; give a whole number of optimizer steps"
-        )
-    for name in ("max_steps", "accumulate_grad_batches", "val_check_interval"):
-        value = options[name]
-        if isinstance(value, int) and value < 1 and not (name == "max_steps" and value == -1):
-            raise InputError(f"--trainer.{name} {value}: must be at least 1")
-    if options.gradient_clip_val is not None and options.gradient_clip_val <= 0:
-        raise InputError(
-            f"--trainer.gradient_clip_val {options.gradient_clip_val}: must be more than 0; "
-            "null clips nothing"
-        )
-    if options.gradient_clip_algorithm == "value":
-        raise InputError("--trainer.gradient_clip_algorithm value: only norm is supported")
+    arguments = model.net.get("init_args") or {}
+    channels = arguments.get("in_channels")
+    is_learned = model.variance in LEARNED_VARIANCES
+    if is_learned and channels is not None and arguments.get("out_channels") == channels:
+        arguments["out_channels"] = 2 * channels
 
 
 def _beside_python(name: str) -> Path:
     """Give the path of a program of this environment, from this folder where it lies below it."""
     path = Path(sys.executable).with_name(name)
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _check_strategy(trainer: Trainer) -> None:
-    """Refuse what this project's parts would be silently wrong on.
-
-    Raises:
-        InputError: Parameters or optimizer are sharded, or the device has no float64.
-    """
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        raise InputError(
-            f"--trainer.strategy {type(trainer.strategy).__name__}: shards what the average of the "
-            "weights and clipping need whole; use ddp"
-        )
-    if trainer.strategy.root_device.type == "mps":
-        raise InputError(
-            "--trainer.accelerator mps: has no float64, which the schedule's tables are in; "
-            "use --trainer.accelerator cpu"
-        )
 
 
 def _listed(value: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""The exceptions that are told in one line: the user can mend this, or wanted it."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,16 @@ class InputError(ValueError):
     Its message is one line that names the key or file and says what would be right. The command
     line prints that line and exits with status 2; from Python it is an ordinary `ValueError`.
     """
+
+
+class Stopped(Exception):
+    """A signal ended training, and what is needed to go on is on disk.
+
+    Args:
+        message: The line that says so; "" where another process says it.
+        status: The exit status.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status

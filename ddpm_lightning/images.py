@@ -19,6 +19,9 @@ from torch import Tensor
 
 Pixels = NDArray[np.uint8]
 
+HALF_LEVEL = 1 / 255
+"""Half the distance between two grey levels in x."""
+
 
 def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Map uint8 images to x in [-1, 1]: x = images / 127.5 - 1 (Ho et al. 2020, section 3.3)."""
@@ -98,6 +101,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Args:
         path: Where to; its folder exists.
         write: Called with a binary file, open for writing beside `path`.
+
+    Raises:
+        OSError: The disk is full, gone or not to be written to; it names `path`.
     """
     part = path.with_name(f".{path.name}.part{os.getpid()}")
     try:
@@ -106,6 +112,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+    except (OSError, RuntimeError) as error:
+        # torch.save hides the disk's error behind one of its own
+        reason = error if isinstance(error, OSError) else error.__context__
+        if isinstance(reason, OSError) and reason.errno is not None:
+            raise OSError(reason.errno, reason.strerror, str(path)) from error
+        raise
     finally:
         part.unlink(missing_ok=True)
 

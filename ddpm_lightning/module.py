@@ -1,6 +1,6 @@
 """DDPM: wires data, process, network and sampler together; the mathematics is elsewhere."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,19 @@ from torch.optim.lr_scheduler import LambdaLR
 from ddpm_lightning import checkpoints
 from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.data.datamodule import Batch
-from ddpm_lightning.diffusion.objectives import simple_loss
-from ddpm_lightning.diffusion.process import Process, Variance
-from ddpm_lightning.diffusion.schedules import Schedule, make_betas
+from ddpm_lightning.diffusion.combinations import Loss, Weighting
+from ddpm_lightning.diffusion.objectives import Objective
+from ddpm_lightning.diffusion.process import Prediction, Process, Variance
+from ddpm_lightning.diffusion.schedules import Schedule, make_betas, rescale_to_zero_snr
+from ddpm_lightning.diffusion.timestep_sampling import (
+    TIMESTEP_SAMPLERS,
+    LossSecondMoment,
+    TimestepSampling,
+)
 from ddpm_lightning.diffusion.timesteps import draw_timesteps
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import to_float, to_uint8
+from ddpm_lightning.nonfinite import BadSteps, OnNonfinite, leave_out
 from ddpm_lightning.randomness import NUM_SEEDS, NoiseStreams, Stream, hash_indices, to_device
 from ddpm_lightning.samplers import Sampler, SamplerName, Step, make_sampler
 
@@ -45,16 +52,27 @@ class DDPM(LightningModule):
     """A denoising diffusion probabilistic model (Ho, Jain, Abbeel 2020).
 
     Args:
-        net: epsilon_theta; maps (x_t, t) to an output shaped like x_t, and keeps its constructor's
-            arguments as attributes of the same names.
+        net: Maps (x_t, t) to an output shaped like x_t, or with twice the channels where the
+            variance is learned; keeps its constructor's arguments as attributes of the same names.
         schedule: The betas' schedule (see `make_betas`).
         num_timesteps: T, at least 1.
-        beta_start: First beta; the cosine schedule has none.
-        beta_end: Last beta; the cosine schedule has none.
-        variance: sigma_t^2 of the reverse process (Ho et al. 2020, section 3.2).
+        beta_start: First beta; the schedules cosine, jsd and sigmoid have none.
+        beta_end: Last beta; the schedules cosine, jsd and sigmoid have none.
+        zero_terminal_snr: Rescale the schedule so that the last x_t is pure noise (Lin et al.
+            2023); goes with the predictions x_0 and v.
+        prediction: What the network gives: the noise, x_0, the mean of x_{t-1} (mu), or v.
+        variance: sigma_t^2 of the reverse process (Ho et al. 2020, section 3.2): fixed, or learned
+            as its logarithm or as a place in its range (Nichol & Dhariwal 2021, section 3.1).
+        loss: The squared error (simple), the variational bound (vlb), or both, where the bound
+            teaches the variance; `python -m ddpm_lightning combinations` says what goes together.
+        weighting: How the squared error is weighted by timestep.
+        timestep_sampling: How t is drawn: uniform, one from each part of the timesteps in each
+            step's batch (stratified), or more often where losses are large (loss_second_moment).
         optimizer: Makes the optimizer from the parameters.
         lr_warmup_steps: The learning rate grows linearly from 0 over so many steps.
         image_shape: (C, H, W) of the images; taken from the data module when None.
+        on_nonfinite: Whether a step whose loss or gradient is not finite stops training, at the
+            next logging step or checkpoint, or is left out.
         seed: Keys t, noise and dropout in training.
     """
 
@@ -65,19 +83,40 @@ class DDPM(LightningModule):
         num_timesteps: int = 1000,
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
+        zero_terminal_snr: bool = False,
+        prediction: Prediction = "noise",
         variance: Variance = "fixed_large",
+        loss: Loss = "simple",
+        weighting: Weighting = "none",
+        timestep_sampling: TimestepSampling = "uniform",
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=2e-3),
         lr_warmup_steps: int = 100,
         image_shape: tuple[int, int, int] | None = None,
+        on_nonfinite: OnNonfinite = "stop",
         seed: int = 0,
     ) -> None:
         super().__init__()
         if lr_warmup_steps < 0:
             raise InputError(f"lr_warmup_steps must be at least 0, got {lr_warmup_steps}")
         self.net = net
-        self.process = Process(make_betas(schedule, num_timesteps, beta_start, beta_end), variance)
+        betas = make_betas(schedule, num_timesteps, beta_start, beta_end)
+        if zero_terminal_snr:
+            betas = rescale_to_zero_snr(betas)
+        self.process = Process(betas, variance, prediction=prediction)
+        self._objective = Objective(self.process, loss, weighting)
+        if timestep_sampling not in TIMESTEP_SAMPLERS:
+            raise InputError(
+                f"timestep_sampling must be one of {', '.join(TIMESTEP_SAMPLERS)}; got "
+                f"{timestep_sampling!r}"
+            )
+        self._timesteps = TIMESTEP_SAMPLERS[timestep_sampling](num_timesteps)
+        # of the micro-batches of this step so far: t and losses
+        self._seen: list[tuple[Tensor, Tensor]] = []
         self.image_shape = None if image_shape is None else tuple(image_shape)
         self.grad_norm: Tensor | None = None
+        self.bad_steps = BadSteps(are_final=on_nonfinite == "stop")
+        self._step_loss = torch.zeros(())
+        self._skips = on_nonfinite == "skip"
         self._optimizer = optimizer
         self._lr_warmup_steps = lr_warmup_steps
         self._seed = seed
@@ -87,7 +126,12 @@ class DDPM(LightningModule):
             "num_timesteps": num_timesteps,
             "beta_start": beta_start,
             "beta_end": beta_end,
+            "zero_terminal_snr": zero_terminal_snr,
+            "prediction": prediction,
             "variance": variance,
+            "loss": loss,
+            "weighting": weighting,
+            "timestep_sampling": timestep_sampling,
         }
         # The tables are constants: DDP need not broadcast them at every step.
         self._ddp_params_and_buffers_to_ignore = [
@@ -129,9 +173,17 @@ class DDPM(LightningModule):
         return {**self._description, "image_shape": shape}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what `from_checkpoint` needs."""
+        """Add what `from_checkpoint` needs, and what t depends on."""
         checkpoint["hyper_parameters"] = self.hyper_parameters()
-        checkpoint["format_version"] = checkpoints.FORMAT_VERSION
+        if isinstance(self._timesteps, LossSecondMoment):
+            checkpoint["timestep_sampling"] = self._timesteps.state_dict()
+        if self.trainer.is_global_zero:  # which writes it; this is the last hook before that
+            checkpoints.seal(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Draw t as training did when the checkpoint was written."""
+        if isinstance(self._timesteps, LossSecondMoment):
+            self._timesteps.load_state_dict(checkpoint.get("timestep_sampling", {}))
 
     # --- noise to images -----------------------------------------------------------------------
 
@@ -148,8 +200,7 @@ class DDPM(LightningModule):
             seeds: One per image, each in [0, 2^32). An image is a function of the weights, the
                 sampler and its own seed; others in the batch do not matter but for rounding.
             sampler: Its name, or a `Sampler` for the less usual options.
-            num_steps: Network evaluations per image, for a sampler given by name; None is its
-                default (ddpm: all timesteps, ddim: 50).
+            num_steps: Timesteps to visit, for a sampler given by name; None is its default.
             batch_size: Images at a time.
 
         Returns:
@@ -159,15 +210,32 @@ class DDPM(LightningModule):
             sampler = make_sampler(sampler, num_steps)
         return torch.cat([images.cpu() for images in self.batches(seeds, sampler, batch_size)])
 
-    def batches(self, seeds: Sequence[int], sampler: Sampler, batch_size: int) -> Iterator[Tensor]:
+    def batches(
+        self,
+        seeds: Sequence[int],
+        sampler: Sampler,
+        batch_size: int,
+        after_step: Callable[[], object] | None = None,
+    ) -> Iterator[Tensor]:
         """Yield images batch by batch, uint8 [<= batch_size, C, H, W] on the module's device.
+
+        Args:
+            seeds: See `sample`.
+            sampler: The sampler.
+            batch_size: Images at a time.
+            after_step: Called after each step of a chain; what it raises ends the work.
 
         Raises:
             InputError: A sample is not finite.
         """
         for start in range(0, len(seeds), batch_size):
-            *_, last = self.denoise(seeds[start : start + batch_size], sampler)
-            yield finished_images(last)
+            step = None
+            # not `*_, last`: that keeps all the steps, a thousand batches of images
+            for step in self.denoise(seeds[start : start + batch_size], sampler):  # noqa: B007
+                if after_step is not None:
+                    after_step()
+            assert step is not None
+            yield finished_images(step)
 
     @torch.no_grad()
     def denoise(self, seeds: Sequence[int], sampler: Sampler) -> Iterator[Step]:
@@ -196,32 +264,54 @@ class DDPM(LightningModule):
     # --- images to loss ------------------------------------------------------------------------
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Run the network at its own precision: float [N, C, H, W], int64 [N] -> [N, C, H, W]."""
+        """Run the network at its own precision.
+
+        Args:
+            x_t: Float [N, C, H, W].
+            t: int64 [N].
+
+        Returns:
+            Its output, [N, C or 2C, H, W] in the dtype of x_t.
+        """
         output: Tensor = self.net(x_t.to(self._net_dtype), t)
         return output.to(x_t.dtype)
 
-    def losses(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
+    def losses(self, batch: Batch, seed: int, t: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noise a batch at random timesteps and take the loss of each image.
 
         Args:
             batch: Images uint8 [N, C, H, W], and the positions that key their draws.
             seed: The draws' other key.
+            t: The timesteps, int64 [N] on the CPU; drawn uniformly when None.
 
         Returns:
             Losses, float [N], and timesteps, int64 [N].
         """
         x_0 = to_float(batch.images, self._noising_dtype)
-        t = draw_timesteps(seed, batch.positions, self.process.num_timesteps)
+        if t is None:
+            t = draw_timesteps(seed, batch.positions, self.process.num_timesteps)
         t = to_device(t, self.device)
         noise_seeds = hash_indices(seed, Stream.NOISE, batch.positions)
         noise = NoiseStreams(noise_seeds, self.device).normal(x_0.shape[1:]).to(x_0.dtype)
-        return simple_loss(self, self.process, x_0, t, noise), t
+        return self._objective(self, x_0, t, noise), t
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Give the loss, and its parts for the callbacks: `losses` [N] and `t` [N]."""
+        """Give the loss, and its parts for the callbacks: `losses`, `t` and `weights`, each [N]."""
         torch.manual_seed(self._dropout_seed(batch_idx))
-        losses, t = self.losses(batch, self._seed)
-        return {"loss": losses.mean(), "losses": losses.detach(), "t": t}
+        num_parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        drawn = self._timesteps.draw(self._seed, batch.positions, len(batch.positions) * num_parts)
+        losses, t = self.losses(batch, self._seed, drawn.t)
+        weights = to_device(drawn.weights.to(losses.dtype), self.device)
+        if isinstance(self._timesteps, LossSecondMoment):
+            self._note(self._timesteps, t, losses.detach(), batch_idx)
+        loss = (weights * losses).mean()
+        is_first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        self._step_loss = loss.detach() if is_first else self._step_loss + loss.detach()
+        # Adds 0; but a loss that is not finite gives a weight a gradient that is not finite, and
+        # gradients are what ranks exchange: all see that a step is bad, with nothing more to send.
+        weight = next(p for p in self.net.parameters() if p.requires_grad).flatten()[0]
+        loss = loss + 0 * loss.detach() * weight
+        return {"loss": loss, "losses": losses.detach(), "t": t, "weights": weights}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Give the loss of each image at its fixed t and noise, float [N].
@@ -261,7 +351,7 @@ class DDPM(LightningModule):
             raise InputError(f"images of {size}: {error} (--data.image_size)") from error
         except RuntimeError as error:
             raise InputError(f"{self._misfit(size, image_shape[0])} ({error})") from error
-        if output.shape != x.shape:
+        if output.shape != (1, self.process.count_outputs(image_shape[0]), *image_shape[1:]):
             raise InputError(self._misfit(size, image_shape[0]))
         if self.image_shape not in (None, image_shape):
             asked = "x".join(map(str, self.image_shape))
@@ -304,13 +394,38 @@ class DDPM(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip at the global norm, and keep the norm before clipping for the curves."""
+        """Clip at the global norm, kept for the curves, and leave out what is not finite."""
         if gradient_clip_algorithm == "value":
             raise InputError("--trainer.gradient_clip_algorithm: only norm is supported")
         limit = gradient_clip_val or float("inf")  # 0 is no limit to Lightning
         self.grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+        loss = self._step_loss / self.trainer.accumulate_grad_batches
+        # Overflowing gradients are how the scaler of 16-mixed finds its scale; it leaves them out.
+        has_scaler = self.trainer.scaler is not None
+        is_bad = ~(loss if has_scaler else self.grad_norm).isfinite()
+        self.bad_steps.note(self.global_step + 1, loss, self.grad_norm, is_bad)
+        if self._skips and not has_scaler:
+            leave_out(optimizer, is_bad)
 
     # --- helpers -------------------------------------------------------------------------------
+
+    def _note(self, timesteps: LossSecondMoment, t: Tensor, losses: Tensor, batch_idx: int) -> None:
+        """Tell the draws of t about a whole step's losses, in the order of the positions.
+
+        Not before the step's last micro-batch: t must not depend on how a batch is shared out. Here
+        rather than in a hook, for those come after the checkpoint has been written.
+        """
+        self._seen.append((t, losses))
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        # a rank's micro-batches are a contiguous slice of the positions, and ranks follow in order
+        all_t, all_losses = (
+            torch.as_tensor(self.all_gather(torch.cat(parts))).flatten().cpu()
+            for parts in zip(*self._seen, strict=True)
+        )
+        finite = all_losses.isfinite()  # a step that is left out must not poison the draws
+        timesteps.update(all_t[finite], all_losses[finite])
+        self._seen = []
 
     @property
     def _net_dtype(self) -> torch.dtype:
@@ -327,10 +442,15 @@ class DDPM(LightningModule):
         key = int(hash_indices(key, Stream.DROPOUT, [self.global_rank])[0])
         return int(hash_indices(key, Stream.DROPOUT, [micro_batch])[0]) >> 1  # fits int64
 
-    @staticmethod
-    def _misfit(size: str, channels: int) -> str:
+    def _misfit(self, size: str, channels: int) -> str:
+        outputs = self.process.count_outputs(channels)
+        wanted = (
+            f"twice their channels, which --model.variance {self.process.variance} needs"
+            if self.process.learns_variance
+            else "their own shape"
+        )
         return (
-            f"the network does not map images of {size} to their own shape; give it "
-            f"--model.net.in_channels {channels} --model.net.out_channels {channels}, "
+            f"the network does not map images of {size} to {wanted}; give it "
+            f"--model.net.in_channels {channels} --model.net.out_channels {outputs}, "
             "or change --data.channels"
         )

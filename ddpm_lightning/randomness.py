@@ -26,6 +26,7 @@ class Stream(IntEnum):
     TIMESTEP = 3
     NOISE = 4
     DROPOUT = 5
+    STRATUM = 6
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -1,11 +1,16 @@
-"""Run folders: where a run keeps its files, and which run an option means."""
+"""Run folders: where a run keeps its files, who writes there, and which run an option means."""
 
+import errno
+import fcntl
 import os
+import socket
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ddpm_lightning.errors import InputError
+
+LOCK_NAME = ".lock"
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,63 @@ class Run:
         """Give the checkpoint that was written last, or None."""
         files = [path for path in self.checkpoints.glob("*.ckpt") if path.name != "best.ckpt"]
         return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+class RunLock:
+    """Keeps a run's folder to one job, until `release` or the death of the process.
+
+    The system's own lock on RUN/.lock, which ends with the process whatever it died of. (Not the
+    lock of `filelock`: processes forked for the data would hold it, too, and outlive a killed one.)
+
+    Args:
+        root: The run's folder.
+
+    Raises:
+        InputError: Another job writes there.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._path = root / LOCK_NAME
+        self._file = -1
+        while not self._is_the_file():  # who held it before may have removed it just now
+            self._close()
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.read(self._file, 100).decode(errors="replace").strip()
+                self._close()
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise InputError(
+                        f"--run_dir {root}: {holder or 'another process'} is training in it; wait "
+                        "for it, or choose another folder"
+                    ) from error
+                if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    return  # a file system without locks
+                raise
+        with suppress(OSError):  # a name is a courtesy; the disk may be full
+            os.ftruncate(self._file, 0)
+            os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        os.register_at_fork(after_in_child=self._close)
+
+    def release(self) -> None:
+        """Let others write, and leave nothing behind."""
+        if self._is_the_file():
+            self._path.unlink(missing_ok=True)
+        self._close()
+
+    def _is_the_file(self) -> bool:
+        if self._file < 0:
+            return False
+        try:
+            return os.path.samestat(os.fstat(self._file), self._path.stat())
+        except OSError:
+            return False
+
+    def _close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
 def is_rank_zero() -> bool:
@@ -144,7 +206,7 @@ def choose_run(
         raise InputError(f"--run_dir {run_dir}: a file; choose a folder")
     # With auto, a run that died before its first checkpoint is begun again in its own folder.
     begins_again = ckpt_path == "auto" and Run(root).config.exists()
-    if any(root.iterdir()) and not begins_again:
+    if any(path.name != LOCK_NAME for path in root.iterdir()) and not begins_again:
         raise InputError(
             f"--run_dir {run_dir}: not empty, and nothing is overwritten; choose another, "
             "or go on in it with --ckpt_path last"

@@ -1,6 +1,7 @@
 """Commands run in this process or in one of their own, and what they print, return and write."""
 
 import os
+import signal
 import subprocess
 import sys
 from contextlib import chdir, redirect_stderr, redirect_stdout
@@ -89,6 +90,11 @@ def run_here(cwd: Path, *arguments: object) -> Result:
     return Result(status, out.getvalue(), err.getvalue())
 
 
+def heed_interrupts() -> None:
+    """Undo, in a new process, that a shell lets what it starts in its background ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_process(cwd: Path, *arguments: object) -> subprocess.Popen[str]:
     """Start a command as a user does."""
     environment = {"DDPM_LIGHTNING_CACHE": str(_cache(cwd)), "OMP_NUM_THREADS": "1"}
@@ -99,6 +105,7 @@ def start_process(cwd: Path, *arguments: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     )
 
 

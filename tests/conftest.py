@@ -1,6 +1,6 @@
 """What several test files share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+
+from ddpm_lightning.diffusion.process import LEARNED_VARIANCES, Variance
 
 GOLDEN = Path(__file__).parent / "golden.npz"
 
@@ -32,6 +34,16 @@ class Golden:
         """The analytic network that the reference numbers were made with."""
         t = t.to(x.dtype).reshape(-1, 1, 1, 1)
         return 0.3 * x * torch.cos(t / 1000) + 0.1 * torch.sin(t / 100)
+
+    @classmethod
+    def learned_net(cls, x: Tensor, t: Tensor) -> Tensor:
+        """The same where the variance is learned, too."""
+        return torch.cat([cls.net(x, t), x.tanh()], dim=1)
+
+    @classmethod
+    def net_for(cls, variance: Variance) -> Callable[[Tensor, Tensor], Tensor]:
+        """The network that gives what goes with a variance."""
+        return cls.learned_net if variance in LEARNED_VARIANCES else cls.net
 
     def chain_noise(self, index: int) -> Tensor:
         """The noise that the reference chains use at one index."""

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import nn
 
 from tests.command_line import TINY, TINY_OPTIONS, Result, run_here, run_process, train, tree
+from tests.training import save
 
 CONFIGS = {
     "top.yaml": "modle:\n  schedule: linear\n",
@@ -48,9 +49,9 @@ def here(tmp_path_factory: pytest.TempPathFactory, run: Path, pictures: Path) ->
     torch.save(nn.Linear(1, 1), folder / "pickled.ckpt")
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     del checkpoint["ema_state_dict"]
-    torch.save(checkpoint, folder / "raw.ckpt")
+    save(checkpoint, folder / "raw.ckpt")
     checkpoint["format_version"] = 1000
-    torch.save(checkpoint, folder / "newer.ckpt")
+    save(checkpoint, folder / "newer.ckpt")
     return folder
 
 
@@ -144,7 +145,12 @@ def test_configs(here: Path, line: str, told: str) -> None:
         ("data.batch_size many", "expected int, got many"),
         ("data.batch_size 2.5", "expected int, got 2.5"),
         ("model.schedule linaer", "one of 'linear', 'quad', 'warmup10', 'warmup50', 'const', 'co"),
-        ("model.variance fixed", "one of 'fixed_small', 'fixed_large', got fixed"),
+        ("model.variance fixed", "'fixed_small', 'fixed_large', 'learned', 'learned_range', got f"),
+        ("model.prediction eps", "one of 'noise', 'x_0', 'mu', 'v', got eps"),
+        ("model.loss mse", "one of 'simple', 'vlb', 'hybrid', 'rescaled_hybrid', got mse"),
+        ("model.weighting snr", "one of 'none', 'min_snr', 'p2', got snr"),
+        ("model.timestep_sampling x", "'uniform', 'stratified', 'loss_second_moment', got x"),
+        ("model.zero_terminal_snr maybe", "expected bool, got maybe"),
         ("model.net.base_channels x", "base_channels: expected int, got x"),
         ("model.net.channel_mults 1,2", "channel_mults: expected Sequence, got 1,2"),
         ("model.optimizer.lr x", "lr: expected float"),
@@ -156,7 +162,10 @@ def test_configs(here: Path, line: str, told: str) -> None:
         ("data.on_error stopp", "one of 'stop', 'skip', got stopp"),
         ("data.flip maybe", "expected bool, got maybe"),
         ("data.seed 3", "data.seed: give seed_everything, which sets it"),
-        ("samples.sampler ddmp", "one of 'ddpm', 'ddim', got ddmp"),
+        (
+            "samples.sampler ddmp",
+            "one of 'ddpm', 'ddim', 'dpmpp_2m', 'dpmpp_2m_sde', 'heun', got ddmp",
+        ),
         ("seed_everything true", "expected int, got True"),
         ("seed_everything x", "expected int, got x"),
     ],
@@ -172,6 +181,10 @@ def test_types(here: Path, option: str, told: str) -> None:
         ("model.num_timesteps 0", "num_timesteps must be at least 1, got 0"),
         ("model.beta_start 0", "0 < beta_start <= beta_end < 1"),
         ("model.beta_end 1", "0 < beta_start <= beta_end < 1"),
+        ("model.zero_terminal_snr true", "prediction noise: alphas_cumprod is 0 at the last"),
+        ("model.schedule jsd", "prediction noise: alphas_cumprod is 0 at the last timestep"),
+        ("model.variance learned", "--model.loss simple with --model.variance learned: the squa"),
+        ("model.loss hybrid", "--model.loss hybrid with --model.variance fixed_large: in a"),
         ("model.lr_warmup_steps -1", "lr_warmup_steps"),
         ("model.optimizer.lr -1", "--model.optimizer: Invalid learning rate: -1.0"),
         ("model.net.base_channels 30", "base_channels"),
@@ -192,8 +205,11 @@ def test_types(here: Path, option: str, told: str) -> None:
         ("ema.decay -0.1", "decay"),
         ("samples.every_n_steps -1", "every_n_steps"),
         ("samples.num_images 0", "num_images"),
-        ("samples.num_steps 0", "--samples.num_steps: num_steps must lie in 1..20, got 0"),
-        ("samples.num_steps 21", "--samples.num_steps: num_steps must lie in 1..20, got 21"),
+        ("samples.num_steps 0", "--samples.num_steps must lie in 1..20, got 0"),
+        ("samples.num_steps 21", "--samples.num_steps must lie in 1..20, got 21"),
+        ("samples.spacing evn", "--samples.spacing evn: none of even, leading, trailing"),
+        ("samples.spacing ddim2 --samples.num_steps 3", "--samples.num_steps 3: the spacing ddim2"),
+        ("samples.num_steps null --samples.spacing 11,2", "--samples.spacing 11,2: section 1 has"),
         ("checkpoints.every_n_steps -1", "every_n_steps"),
         ("checkpoints.keep_every_n_steps -1", "keep_every_n_steps"),
         ("seed_everything -1", "seed_everything"),
@@ -329,8 +345,25 @@ def test_another_network_is_named_by_the_key_that_differs(here: Path) -> None:
         ("whole.ckpt --num_steps 21", "num_steps must lie in 1..20, got 21"),
         ("whole.ckpt --num_steps 0", "num_steps must lie in 1..20, got 0"),
         ("whole.ckpt --sampler ddim --num_steps 0", "num_steps must lie in 1..20, got 0"),
-        ("whole.ckpt --sampler ddmi", "sampler: expected one of 'ddpm', 'ddim', got ddmi"),
-        ("whole.ckpt --eta 0.5", "eta belongs to the ddim sampler"),
+        ("whole.ckpt --sampler ddmi", "sampler: expected one of 'ddpm', 'ddim', 'dpmpp_2m', 'd"),
+        ("whole.ckpt --eta 0.5", "eta belongs to the ddim sampler; leave it out, or choose ddim"),
+        ("whole.ckpt --sampler heun --eta 0", "eta belongs to the ddim sampler"),
+        ("whole.ckpt --sampler dpmpp_2m_sde --eta 1", "eta belongs to the ddim sampler"),
+        ("whole.ckpt --sampler heun --num_steps 21", "num_steps must lie in 1..20, got 21"),
+        ("whole.ckpt --spacing trailin", "spacing trailin: none of even, leading, trailing, ddimN"),
+        ("whole.ckpt --spacing trailin", "did you mean trailing?"),
+        ("whole.ckpt --spacing ddim0", "spacing ddim0: none of even"),
+        ("whole.ckpt --spacing ddim", "spacing ddim: none of even"),
+        ("whole.ckpt --spacing 5,0", "spacing 5,0: none of even"),
+        ("whole.ckpt --spacing 5,", "spacing 5,: none of even"),
+        ("whole.ckpt --spacing 5", "spacing 5: a number alone is num_steps"),
+        ("whole.ckpt --spacing ddim6", "ddim6: no whole stride visits 6 of 20 timesteps; the ne"),
+        ("whole.ckpt --spacing ddim21", "num_steps must lie in 1..20, got 21"),
+        ("whole.ckpt --spacing 11,5", "spacing 11,5: section 1 has only 10 of the 20 timesteps"),
+        ("whole.ckpt --spacing 5,15", "spacing 5,15: section 2 has only 10 of the 20 timesteps"),
+        ("whole.ckpt --spacing ddim5 --num_steps 4", "num_steps 4: the spacing ddim5 has 5 steps"),
+        ("whole.ckpt --clip hard", "clip: expected one of 'static', 'dynamic', 'none', got hard"),
+        ("whole.ckpt --clip true", "clip: expected one of 'static', 'dynamic', 'none', got"),
         ("whole.ckpt --sampler ddim --eta 1.5 --num_steps 5", "eta must lie in [0, 1], got 1.5"),
         ("whole.ckpt --weights emma", "weights: expected one of 'ema', 'raw', got emma"),
         ("whole.ckpt --format jpg", "format: expected one of 'png', 'npz', got jpg"),

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.error import URLError
 
 import numpy as np
@@ -16,6 +16,7 @@ from ddpm_lightning.callbacks import EMA, FID, Checkpoints, Curves
 from ddpm_lightning.callbacks.run_logger import RunLogger
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics.judge import Collector, evaluate
+from ddpm_lightning.samplers import SamplerName
 from tests.command_line import TINY, run_here, run_process
 from tests.extractors import Small
 from tests.training import (
@@ -75,6 +76,20 @@ def test_numbers_are_those_by_hand_and_have_their_record(pictures: Path, tmp_pat
     samples.add(model.sample(range(6), "ddim", 3, batch_size=64))
     by_hand = evaluate(samples.finish(), reference.finish(), ["fd"], "fd")["fd"]
     assert record["metrics"]["fd_Small"] == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_every_sampler_judges(pictures: Path, tmp_path: Path) -> None:
+    """By one training that judges with each, at a spacing of its own."""
+    spacings = ["even", "leading", "trailing", "ddim4", "2,2"]
+    names = get_args(SamplerName)
+    assert len(names) == len(spacings)
+    for name, spacing in zip(names, spacings, strict=True):
+        callback = fid(sampler=name, num_steps=4, spacing=spacing, every_n_steps=1)
+        train(tmp_path / name, pictures, callback, max_steps=1)
+        subject = json.loads((tmp_path / name / "fid/step=1-ema.json").read_text())["subject"]
+        assert subject["sampler"]["name"] == name
+        assert subject["sampler"]["spacing"] == spacing
+        assert subject["nfe"] == (7 if name == "heun" else 4)  # the last step takes one
 
 
 def test_judging_changes_nothing(pictures: Path, tmp_path: Path) -> None:
@@ -197,7 +212,10 @@ def test_bad_options_are_refused(options: dict[str, Any], told: str) -> None:
 @pytest.mark.parametrize(
     ("option", "told"),
     [
-        ("--fid.num_steps 21", "--fid.num_steps: num_steps must lie in 1..20, got 21"),
+        ("--fid.num_steps 21", "--fid.num_steps must lie in 1..20, got 21"),
+        ("--fid.sampler ddmp", "fid.sampler: expected one of 'ddpm', 'ddim', 'dpmpp_2m', 'dpm"),
+        ("--fid.spacing leadin", "--fid.spacing leadin: none of even, leading, trailing"),
+        ("--fid.spacing ddim4", "--fid.num_steps 20: the spacing ddim4 has 4 steps"),
         ("--fid.extractor inceptoin", "no extractor inceptoin"),
         ("--fid.extractor torch.nn.Nothing", "torch.nn.Nothing"),
         ("--fid.metrics [is]", "has no classes"),

@@ -24,11 +24,18 @@ from ddpm_lightning.images import write_png
 from ddpm_lightning.metrics import selftest
 from ddpm_lightning.metrics.frechet import frechet_distance
 from ddpm_lightning.metrics.judge import Collector
-from ddpm_lightning.samplers import DDIMSampler, DDPMSampler, Sampler
+from ddpm_lightning.samplers import (
+    DDIMSampler,
+    DDPMSampler,
+    DPMSolver2MSampler,
+    DPMSolver2MSDESampler,
+    HeunSampler,
+    Sampler,
+)
 from tests.command_line import TINY, Result, run_here, run_process, start_process, tree
 from tests.extractors import Small, small
 from tests.test_bad_input import assert_refused
-from tests.training import scalars
+from tests.training import save, scalars
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -123,8 +130,13 @@ def test_sweep(here: Path) -> None:
             "images_seen": 4 * step,
             "weights": weights,
             "ema_decay": 0.995 if weights == "ema" else None,
-            "sampler": {"name": "ddim", "num_steps": steps, "eta": 0.0, "clip": True},
-            "timesteps": "evenly spaced",
+            "sampler": {
+                "name": "ddim",
+                "num_steps": steps,
+                "spacing": "even",
+                "clip": "static",
+                "eta": 0.0,
+            },
             "nfe": steps,
             "variance": "fixed_large",
             "guidance": "none",
@@ -182,6 +194,37 @@ def test_a_single_row(here: Path) -> None:
     assert "eta" not in first["subject"]["sampler"]
     assert second["subject"]["sampler"]["eta"] == 0.5
     assert not (here / "eta/record.json").exists()
+
+
+def test_samplers_and_their_options(here: Path) -> None:
+    """Each row has its own steps, evaluations and name; the chart is over evaluations."""
+    checkpoint = "run/checkpoints/step=10.ckpt"
+    arguments = ("--sampler", "dpmpp_2m,dpmpp_2m_sde,heun", "--num_steps", 4, "--out", "out")
+    result = fid(here, checkpoint, *arguments, "--spacing", "leading", "--clip", "dynamic")
+    rows = read(here / "out/sweep.json")["rows"]
+    samplers = [
+        DPMSolver2MSampler(4, spacing="leading", clip="dynamic"),
+        DPMSolver2MSDESampler(4, spacing="leading", clip="dynamic"),
+        HeunSampler(4, spacing="leading", clip="dynamic"),
+    ]
+    for row, sampler in zip(rows, samplers, strict=True):
+        images = samples(here / checkpoint, "ema", sampler)
+        assert row["metrics"][FD] == pytest.approx(distance(images, digits()), rel=1e-9)
+        assert row["subject"]["sampler"] == {
+            "name": sampler.name,
+            "num_steps": 4,
+            "spacing": "leading",
+            "clip": "dynamic",
+        }
+    assert [row["subject"]["nfe"] for row in rows] == [4, 4, 7]
+    assert f"step=10-ema-heun-4-leading-clipdynamic: {FD}_30 " in result.out
+    assert "heun leading clip dynamic          4 " in result.out
+    with (here / "out/sweep.csv").open() as file:
+        cells = list(csv.DictReader(file))
+    assert [(row["num_steps"], row["nfe"]) for row in cells] == [("4", "4"), ("4", "4"), ("4", "7")]
+    assert {(row["spacing"], row["clip"], row["eta"]) for row in cells} == {
+        ("leading", "dynamic", "")
+    }
 
 
 def test_what_is_judged_is_not_judged_again(here: Path) -> None:
@@ -482,9 +525,9 @@ def wrong(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
     content = torch.load(folder / "alone.ckpt", weights_only=True)
     weights = content["ema_state_dict"]
     content["ema_state_dict"] = {name: value * torch.nan for name, value in weights.items()}
-    torch.save(content, checkpoints / "diverged.ckpt")
+    save(content, checkpoints / "diverged.ckpt")
     del content["ema_state_dict"]
-    torch.save(content, folder / "raw.ckpt")
+    save(content, folder / "raw.ckpt")
 
     sizes = {"good": (8, 8), "large": (16, 16), "colour": (8, 8)}
     generator = np.random.default_rng(0)
@@ -576,12 +619,20 @@ GOOD = "good --reference digits"
         ("run --num_steps 21", "num_steps"),
         ("run --num_steps 4,x", "--num_steps 4,x: say something like 50 or 20,50,100"),
         ("run --num_steps 4,4", "--num_steps 4,4: names a number twice"),
-        ("run --sampler ddmi", "--sampler ddmi: 'ddmi' is none of ddpm, ddim; did you mean dd"),
+        ("run --sampler ddmi", "--sampler ddmi: 'ddmi' is none of ddpm, ddim, dpmpp_2m, dpmpp_"),
         ("run --weights eam", "--weights eam: 'eam' is none of ema, raw"),
         ("run --metrics fd,fd", "--metrics fd,fd: names one of them twice"),
         ("run --metrics fid", "--metrics fid: 'fid' is none of fd, kid, is, prc"),
         ("run --metrics is", "has no classes, which the Inception Score needs"),
-        ("run --sampler ddpm --eta 1", "--eta 1.0: belongs to the ddim sampler"),
+        (
+            "run --sampler ddpm --eta 1",
+            "eta belongs to the ddim sampler; leave it out, or choose ddim",
+        ),
+        ("run --sampler heun,dpmpp_2m --eta 1", "eta belongs to the ddim sampler"),
+        ("run --spacing trailin", "spacing trailin: none of even, leading, trailing"),
+        ("run --spacing ddim6", "spacing ddim6: no whole stride visits 6 of 20 timesteps"),
+        ("run --spacing ddim5 --num_steps 4,5", "num_steps 4: the spacing ddim5 has 5 steps"),
+        ("run --clip sttic", "clip: expected one of 'static', 'dynamic', 'none', got sttic"),
         ("run --eta 2", "eta must lie in [0, 1], got 2.0"),
         ("run --extractor inceptoin", "no extractor inceptoin; there are inception, efficient"),
         ("run --extractor tests.Nothing", "the network tests.Nothing cannot be imported"),

@@ -16,7 +16,7 @@ ORDER = [
     ("errors",),
     ("randomness", "images", "runs"),
     ("networks", "diffusion", "data", "checkpoints"),
-    ("samplers",),
+    ("samplers", "nonfinite"),
     ("module",),
     ("metrics", "interop"),
     ("callbacks",),

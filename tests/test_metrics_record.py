@@ -19,9 +19,11 @@ from ddpm_lightning.metrics.record import (
     make_record,
     protocol_differences,
     read_record,
+    sampler_slug,
+    unusual_options,
     write_record,
 )
-from ddpm_lightning.samplers import make_sampler
+from ddpm_lightning.samplers import Sampler, make_sampler
 from tests.extractors import small
 
 CPU = torch.device("cpu")
@@ -96,9 +98,41 @@ def test_samplers_are_described_by_all_that_they_do() -> None:
         "name": "ddim",
         "num_steps": 20,
         "eta": 0.0,
-        "clip": True,
+        "spacing": "even",
+        "clip": "static",
     }
     assert describe_sampler(make_sampler("ddpm", None), 1000)["num_steps"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("sampler", "num_steps", "slug", "unusual"),
+    [
+        (make_sampler("ddpm"), 1000, "ddpm-1000", []),
+        (make_sampler("ddim", eta=1.0), 50, "ddim-50-eta1", ["eta 1"]),
+        (make_sampler("dpmpp_2m_sde"), 20, "dpmpp_2m_sde-20", []),
+        (make_sampler("heun", spacing="even"), 10, "heun-10-even", ["even"]),
+        (
+            make_sampler("ddim", None, 0.5, "10,15,20", "dynamic"),
+            45,
+            "ddim-45-eta0.5-10,15,20-clipdynamic",
+            ["eta 0.5", "10,15,20", "clip dynamic"],
+        ),
+    ],
+)
+def test_samplers_are_named_by_what_is_not_their_default(
+    sampler: Sampler, num_steps: int, slug: str, unusual: list[str]
+) -> None:
+    description = describe_sampler(sampler, num_steps)
+    assert sampler_slug(description) == slug
+    assert unusual_options(description) == unusual
+    # as it is read from a file
+    assert unusual_options(json.loads(json.dumps(description))) == unusual
+
+
+def test_records_from_before_there_were_options_are_read() -> None:
+    old = {"name": "ddim", "num_steps": 20, "eta": 0.5, "clip": True}
+    assert unusual_options(old) == ["eta 0.5"]
+    assert sampler_slug(old) == "ddim-20-eta0.5"
 
 
 # --- comparing -----------------------------------------------------------------------------------

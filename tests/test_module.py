@@ -3,7 +3,9 @@
 import builtins
 import io
 import os
+import weakref
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,16 @@ from ddpm_lightning.checkpoints import FORMAT_VERSION, load_checkpoint
 from ddpm_lightning.data.batches import Batch
 from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.samplers import DDIMSampler, Draw, Network, Sampler, Step
+from ddpm_lightning.samplers import (
+    DDIMSampler,
+    DPMSolver2MSampler,
+    DPMSolver2MSDESampler,
+    Draw,
+    HeunSampler,
+    Network,
+    Sampler,
+    Step,
+)
 from tests.training import (
     NUM_TIMESTEPS,
     MemoryLogger,
@@ -35,6 +46,7 @@ from tests.training import (
     make_data,
     make_trainer,
     redraw,
+    save,
     tiny_module,
     tiny_net,
 )
@@ -222,7 +234,12 @@ def test_a_checkpoint_holds_plain_values_and_network_keys(trained: tuple[Path, D
         "num_timesteps": NUM_TIMESTEPS,
         "beta_start": 1e-4,
         "beta_end": 0.02,
+        "zero_terminal_snr": False,
+        "prediction": "noise",
         "variance": "fixed_small",
+        "loss": "simple",
+        "weighting": "none",
+        "timestep_sampling": "uniform",
         "image_shape": [1, 8, 8],
     }
 
@@ -237,7 +254,7 @@ def test_only_networks_are_called(
     bad = tmp_path / "bad.ckpt"
     for name in ("os.system", "builtins.print", "pathlib.Path", "no.such", "Nothing", "torch.nope"):
         checkpoint["hyper_parameters"]["net"] = {"class_path": name, "init_args": {"command": "x"}}
-        torch.save(checkpoint, bad)
+        save(checkpoint, bad)
         with pytest.raises(InputError) as error:
             DDPM.from_checkpoint(bad)
         assert name in one_line(error)
@@ -309,7 +326,7 @@ def test_checkpoints_that_lack_something_are_refused(
 ) -> None:
     checkpoint = {**load(trained[0]), **changes}
     bad = tmp_path / "bad.ckpt"
-    torch.save({key: value for key, value in checkpoint.items() if value is not None}, bad)
+    save({key: value for key, value in checkpoint.items() if value is not None}, bad)
     with pytest.raises(InputError, match=message) as error:
         DDPM.from_checkpoint(bad)
     assert str(bad) in one_line(error)
@@ -351,7 +368,18 @@ def test_draws_depend_on_the_seed_alone(sampling: DDPM) -> None:
     assert torch.equal(together[0, 0], expected)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", DDIMSampler(7, eta=1.0)])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        "ddpm",
+        "ddim",
+        DDIMSampler(7, eta=1.0),
+        DDIMSampler(7, clip="dynamic"),
+        DPMSolver2MSampler(7),
+        DPMSolver2MSDESampler(7),
+        HeunSampler(5),
+    ],
+)
 def test_an_image_depends_on_its_seed_alone(sampling: DDPM, sampler: Any) -> None:
     num_steps = 10 if sampler == "ddim" else None
     seeds = list(range(40))
@@ -372,6 +400,38 @@ def test_an_image_depends_on_its_seed_alone(sampling: DDPM, sampler: Any) -> Non
         distance = (other.int() - images.int()).abs()
         assert int(distance.max()) <= 1
         assert float((distance > 0).float().mean()) <= 1e-3
+
+
+def test_a_chain_is_not_kept_whole(sampling: DDPM) -> None:
+    """Of a thousand steps of large images there would be no room for all."""
+    alive: list[weakref.ref[Tensor]] = []
+    counts: list[int] = []
+
+    class Long(DDIMSampler):
+        def __call__(self, net: Network, process: Process, draw: Draw) -> Iterator[Step]:
+            for step in super().__call__(net, process, draw):
+                alive.append(weakref.ref(step.x_prev))
+                yield step
+
+    def count() -> None:
+        counts.append(sum(tensor() is not None for tensor in alive))
+
+    list(sampling.batches(range(4), Long(20), 2, count))
+    assert len(counts) == 40  # called after each step of both batches
+    assert max(counts) <= 3
+
+
+def test_what_is_raised_after_a_step_ends_the_work(sampling: DDPM) -> None:
+    calls: list[int] = []
+
+    def stop() -> None:
+        calls.append(len(calls))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(sampling.batches([0], DDIMSampler(5), 1, stop))
+    assert len(calls) == 3
 
 
 def test_float_images_agree_across_batch_sizes(sampling: DDPM) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ddpm_lightning.callbacks import EMA, Checkpoints, Curves, Samples
+from tests.command_line import heed_interrupts
 from tests.conftest import NUM_TRAIN
 from tests.training import (
     MemoryLogger,
@@ -149,6 +150,7 @@ def start_fit(folder: Path, pictures: Path, *arguments: str) -> subprocess.Popen
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        preexec_fn=heed_interrupts,
     )
 
 

@@ -15,7 +15,14 @@ from ddpm_lightning import DDPM
 from ddpm_lightning.checkpoints import Weights, file_sha256
 from ddpm_lightning.commands.sample import parse_seeds, seeds_to_text
 from ddpm_lightning.images import make_grid
-from ddpm_lightning.samplers import DDIMSampler, DDPMSampler, Sampler
+from ddpm_lightning.samplers import (
+    DDIMSampler,
+    DDPMSampler,
+    DPMSolver2MSampler,
+    DPMSolver2MSDESampler,
+    HeunSampler,
+    Sampler,
+)
 from tests.command_line import Result, run_here, start_process, train, tree
 
 pytestmark = [
@@ -64,7 +71,7 @@ def test_pictures_are_named_by_their_seeds(here: Path, checkpoint: Path) -> None
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": file_sha256(checkpoint),
         "weights": "ema",
-        "sampler": {"name": "ddpm", "num_steps": None, "clip": True},
+        "sampler": {"name": "ddpm", "num_steps": 20, "spacing": "even", "clip": "static"},
         "batch_size": 2,
     }
     stacked = torch.stack(list(images(here / "out").values()))
@@ -79,6 +86,20 @@ def test_pictures_are_named_by_their_seeds(here: Path, checkpoint: Path) -> None
         ("--num_steps 7", DDPMSampler(7), "ema"),
         ("--sampler ddim --num_steps 5", DDIMSampler(5), "ema"),
         ("--sampler ddim --num_steps 20 --eta 0.5 --weights raw", DDIMSampler(20, 0.5), "raw"),
+        ("--sampler ddim --spacing ddim5", DDIMSampler(spacing="ddim5"), "ema"),
+        ("--spacing 2,3 --clip none", DDPMSampler(spacing="2,3", clip="none"), "ema"),
+        ("--sampler dpmpp_2m", DPMSolver2MSampler(), "ema"),
+        (
+            "--sampler dpmpp_2m_sde --num_steps 4 --spacing even --clip dynamic",
+            DPMSolver2MSDESampler(4, spacing="even", clip="dynamic"),
+            "ema",
+        ),
+        (
+            "--sampler heun --num_steps 4 --spacing leading --clip static",
+            HeunSampler(4, spacing="leading"),
+            "ema",
+        ),
+        ("--sampler heun --spacing trailing --num_steps 4", HeunSampler(4), "ema"),
     ],
 )
 def test_equals_what_the_library_gives(
@@ -98,6 +119,12 @@ def test_every_option_changes_the_pictures(here: Path, checkpoint: Path) -> None
         "--num_steps 10",
         "--sampler ddim --num_steps 10",
         "--sampler ddim --num_steps 10 --eta 1",
+        "--sampler ddim --num_steps 10 --spacing trailing",
+        "--sampler ddim --num_steps 10 --clip dynamic",
+        "--sampler ddim --num_steps 10 --clip none",
+        "--sampler dpmpp_2m --num_steps 10",
+        "--sampler dpmpp_2m_sde --num_steps 10",
+        "--sampler heun --num_steps 10",
         "--seeds 4-7",
     )
     found = []
@@ -157,8 +184,12 @@ def test_default_folder_is_in_the_run(here: Path, checkpoint: Path) -> None:
     assert result.out.startswith("samples: run/generated/step=10-ema-ddpm-20\n")
     sample(here, *options, "--sampler", "ddim", "--num_steps", 3, "--weights", "raw")
     sample(here, *options, "--sampler", "ddim", "--num_steps", 3, "--eta", "0.5")
+    sample(here, *options, "--spacing", "2,3", "--clip", "none")
+    sample(here, *options, "--sampler", "heun", "--num_steps", 3, "--spacing", "even")
     assert {path.name for path in (run / "generated").iterdir()} == {
         "step=10-ema-ddpm-20",
+        "step=10-ema-ddpm-5-2,3-clipnone",
+        "step=10-ema-heun-3-even",
         "step=10-raw-ddim-3",
         "step=10-ema-ddim-3-eta0.5",
     }

@@ -1,13 +1,33 @@
 from collections.abc import Iterator
+from dataclasses import fields
+from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from ddpm_lightning.diffusion.process import Process, Variance
+from ddpm_lightning.diffusion.objectives import target
+from ddpm_lightning.diffusion.process import Prediction, Process, Variance
 from ddpm_lightning.diffusion.schedules import make_betas
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.samplers import DDIMSampler, DDPMSampler, Sampler, Step, make_sampler
+from ddpm_lightning.samplers import (
+    SAMPLERS,
+    Clip,
+    DDIMSampler,
+    DDPMSampler,
+    DPMSolver2MSampler,
+    DPMSolver2MSDESampler,
+    HeunSampler,
+    Network,
+    Sampler,
+    SamplerName,
+    Step,
+    make_sampler,
+    options_of,
+)
+from ddpm_lightning.samplers.base import levels_of, make_denoiser
+from ddpm_lightning.samplers.ddim import move
 from tests.conftest import Golden
 
 
@@ -15,19 +35,26 @@ def process(variance: Variance = "fixed_small") -> Process:
     return Process(make_betas("linear", 1000), variance)
 
 
-def run(golden: Golden, sampler: Sampler, p: Process, x_T: str = "noise_2") -> list[Step]:
-    """Run a chain on the analytic network with the reference noise at each index."""
+def run(
+    golden: Golden,
+    sampler: Sampler,
+    p: Process,
+    x_T: str = "noise_2",
+    net: Network | None = None,
+) -> list[Step]:
+    """Run a chain, of the analytic network unless told, with the reference noise at each index."""
     num_steps = sampler.count_steps(p)
+    net = golden.net_for(p.variance) if net is None else net
 
     def draws() -> Iterator[Tensor]:
         yield golden[x_T]
         for index in reversed(range(num_steps)):
             yield golden.chain_noise(index)
 
-    return list(sampler(golden.net, p, draws().__next__))
+    return list(sampler(net, p, draws().__next__))
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 def test_ancestral_chain_is_the_reference(golden: Golden, variance: Variance) -> None:
     steps = run(golden, DDPMSampler(), process(variance))
     assert [step.t for step in steps] == list(range(999, -1, -1))
@@ -42,6 +69,11 @@ def test_ancestral_chain_is_the_reference(golden: Golden, variance: Variance) ->
 def test_ddim_chain_is_the_reference(golden: Golden, key: str) -> None:
     respaced = process().respace(golden[f"respace/{key}/timesteps"].long())
     steps = run(golden, DDIMSampler(respaced.num_timesteps), respaced, "noise")
+    chosen = DDIMSampler(250) if key == "250" else DDIMSampler(spacing=key)
+    by_name = run(golden, chosen, process(), "noise")
+    for step, other in zip(steps, by_name, strict=True):
+        assert step.t == other.t
+        assert torch.equal(step.x_prev, other.x_prev)
     torch.testing.assert_close(
         steps[-1].x_prev, golden[f"respace/{key}/ddim_chain_x_0"], rtol=1e-9, atol=1e-12
     )
@@ -56,6 +88,34 @@ def test_one_ddim_step_is_the_reference(golden: Golden) -> None:
         torch.testing.assert_close(
             step.x_prev, golden["ddim/x_prev_eta0"][row : row + 1], rtol=1e-9, atol=1e-12
         )
+
+
+def test_one_encoding_step_is_the_reference(golden: Golden) -> None:
+    p = process()
+    levels, denoise = levels_of(p), make_denoiser(golden.net, p, "static")
+    for row, t in enumerate([1, 300, 998]):
+        x_t = golden["ddim/x_t"][row : row + 1]
+        index = 999 - t  # of its level, from the noisiest on
+        x_next = move(x_t, denoise(x_t, index), levels[index], levels[index - 1])
+        theirs = golden["ddim/x_next"][row : row + 1]
+        torch.testing.assert_close(x_next, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_encoding_goes_up_by_such_steps(golden: Golden) -> None:
+    p, x_0 = process(), golden["x_0"]
+    sampler = DDIMSampler(10, clip="none")
+    respaced = sampler.respace(p)
+    levels, denoise = levels_of(respaced), make_denoiser(golden.net, respaced, "none")
+    encoded = list(sampler.encode(golden.net, p, x_0))
+    assert len(encoded) == 10
+    # the first step: to the lowest timestep, with the noise that the network sees there
+    lowest = levels[9]
+    first = lowest.a * x_0 + lowest.s * golden.net(x_0, torch.zeros(3))
+    torch.testing.assert_close(encoded[0], first, rtol=1e-9, atol=1e-12)
+    for index, (x_t, x_next) in enumerate(pairwise(encoded)):
+        here = 9 - index
+        expected = move(x_t, denoise(x_t, here), levels[here], levels[here - 1])
+        assert torch.equal(x_next, expected)
 
 
 def test_ddim_with_eta_1_is_ancestral_with_the_small_variance(golden: Golden) -> None:
@@ -76,7 +136,22 @@ def test_deterministic_ddim_draws_only_x_T(golden: Golden) -> None:
     assert len(list(DDIMSampler(10)(golden.net, process(), calls.__next__))) == 10
 
 
-@pytest.mark.parametrize("sampler", [DDPMSampler(7), DDIMSampler(7), DDPMSampler(), DDIMSampler(1)])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        DDPMSampler(7),
+        DDIMSampler(7),
+        DDPMSampler(),
+        DDIMSampler(1),
+        DDPMSampler(7, spacing="trailing", clip="dynamic"),
+        DDIMSampler(7, eta=1.0, spacing="leading"),
+        DPMSolver2MSampler(7),
+        DPMSolver2MSampler(1),
+        DPMSolver2MSDESampler(7, spacing="even"),
+        HeunSampler(7, spacing="3,4"),
+        HeunSampler(1, clip="dynamic"),
+    ],
+)
 def test_chains_end_on_a_clean_image(golden: Golden, sampler: Sampler) -> None:
     steps = run(golden, sampler, process())
     assert len(steps) == sampler.count_steps(process())
@@ -89,12 +164,39 @@ def test_samplers_know_how_many_steps_they_take_by_default() -> None:
     assert DDPMSampler().count_steps(process()) == 1000
     assert DDIMSampler().count_steps(process()) == 50
     assert DDIMSampler().count_steps(short) == DDPMSampler().count_steps(short) == 20
+    assert DPMSolver2MSampler().count_steps(process()) == 20
+    assert DPMSolver2MSDESampler().count_steps(process()) == 20
+    assert HeunSampler().count_steps(process()) == HeunSampler().count_steps(short) == 10
+    assert DDPMSampler(spacing="10,15,20").count_steps(process()) == 45
+    assert DDIMSampler(50, spacing="ddim50").count_steps(process()) == 50
+
+
+@pytest.mark.parametrize("prediction", ["x_0", "mu", "v"])
+@pytest.mark.parametrize("clip", get_args(Clip))
+@pytest.mark.parametrize("name", get_args(SamplerName))
+def test_what_the_network_predicts_does_not_matter(
+    golden: Golden, name: SamplerName, clip: Clip, prediction: Prediction
+) -> None:
+    p = process()
+    other = Process(p.betas, p.variance, prediction=prediction)
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        noise = golden.net(x, t)
+        return target(other, p.pred_x_0(noise, x, t), x, t, noise)
+
+    sampler = make_sampler(name, 6, clip=clip)
+    steps = zip(run(golden, sampler, p), run(golden, sampler, other, net=net), strict=True)
+    for mine, theirs in steps:
+        torch.testing.assert_close(mine.x_prev, theirs.x_prev, rtol=1e-8, atol=1e-8)
 
 
 def test_clipping_can_be_switched_off(golden: Golden) -> None:
     for clipped, free in [
-        (DDPMSampler(20), DDPMSampler(20, clip=False)),
-        (DDIMSampler(20), DDIMSampler(20, clip=False)),
+        (DDPMSampler(20), DDPMSampler(20, clip="none")),
+        (DDIMSampler(20), DDIMSampler(20, clip="none")),
+        (DPMSolver2MSampler(20), DPMSolver2MSampler(20, clip="none")),
+        (DPMSolver2MSDESampler(20), DPMSolver2MSDESampler(20, clip="none")),
+        (HeunSampler(20), HeunSampler(20, clip="none")),
     ]:
         assert run(golden, clipped, process())[-1].x_prev.abs().max() <= 1 + 1e-12
         assert run(golden, free, process())[-1].x_prev.abs().max() > 1
@@ -120,7 +222,20 @@ def test_make_sampler_knows_its_options() -> None:
     assert make_sampler("ddpm", 10) == DDPMSampler(10)
     assert make_sampler("ddim") == DDIMSampler()
     assert make_sampler("ddim", 10, 0.5) == DDIMSampler(10, 0.5)
-    with pytest.raises(InputError, match="eta belongs to"):
-        make_sampler("ddpm", eta=0.5)
+    assert make_sampler("heun", spacing="even", clip="none") == HeunSampler(
+        spacing="even", clip="none"
+    )
+    for name in get_args(SamplerName):
+        assert type(make_sampler(name)) is SAMPLERS[name]
+        assert make_sampler(name, 3, clip="dynamic").clip == "dynamic"
+        assert set(options_of(name)) == {field.name for field in fields(SAMPLERS[name])}
+        if name != "ddim":
+            with pytest.raises(InputError, match="eta belongs to the ddim sampler; leave it out"):
+                make_sampler(name, eta=0.5)
+    assert tuple(SAMPLERS) == get_args(SamplerName)
+    with pytest.raises(InputError, match="num_steps 3: the spacing ddim5 has 5 steps"):
+        make_sampler("ddim", 3, spacing="ddim5")
+    with pytest.raises(InputError, match="spacing evn: none of even, leading, trailing"):
+        make_sampler("heun", spacing="evn")
     with pytest.raises(InputError, match=r"eta must lie in \[0, 1\]"):
         make_sampler("ddim", eta=1.5)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ddpm_lightning import UNet
 from ddpm_lightning.callbacks import AtomicCheckpointIO
+from ddpm_lightning.checkpoints import content_sha256
 from ddpm_lightning.cli import TRAINER_DEFAULTS
 from ddpm_lightning.cli import main as cli_main
 from ddpm_lightning.data.batches import Batch
@@ -192,6 +193,12 @@ def batch_of(num_images: int, first: int = 0, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (num_images, 1, 8, 8), generator=generator, dtype=torch.uint8)
     return Batch(images, positions(*range(first, first + num_images)))
+
+
+def save(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint that was changed on purpose, with the digest of what it now holds."""
+    checkpoint["content_sha256"] = content_sha256(checkpoint)
+    torch.save(checkpoint, path)
 
 
 def load(path: Path) -> dict[str, Any]:

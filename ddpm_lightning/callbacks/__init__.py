@@ -4,7 +4,19 @@ from ddpm_lightning.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
 from ddpm_lightning.callbacks.curves import Curves
 from ddpm_lightning.callbacks.ema import EMA
 from ddpm_lightning.callbacks.fid import FID
+from ddpm_lightning.callbacks.nonfinite import Nonfinite
 from ddpm_lightning.callbacks.progress import Progress
 from ddpm_lightning.callbacks.samples import Samples
+from ddpm_lightning.callbacks.signals import Signals
 
-__all__ = ["EMA", "FID", "AtomicCheckpointIO", "Checkpoints", "Curves", "Progress", "Samples"]
+__all__ = [
+    "EMA",
+    "FID",
+    "AtomicCheckpointIO",
+    "Checkpoints",
+    "Curves",
+    "Nonfinite",
+    "Progress",
+    "Samples",
+    "Signals",
+]

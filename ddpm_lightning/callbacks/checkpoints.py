@@ -10,7 +10,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from ddpm_lightning.callbacks.fid import FID
-from ddpm_lightning.callbacks.shared import TrainerRanks, find_callback
+from ddpm_lightning.callbacks.shared import (
+    TrainerRanks,
+    find_callback,
+    make_run_folder,
+    run_folder,
+)
+from ddpm_lightning.callbacks.signals import is_stopping, stop
 from ddpm_lightning.checkpoints import load_checkpoint
 from ddpm_lightning.data.datamodule import Batch
 from ddpm_lightning.errors import InputError
@@ -79,6 +85,7 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:
         """See what is there already: a resumed run must not replace a better best.ckpt."""
         self._step = trainer.global_step
+        make_run_folder(trainer)
         steps = TrainerRanks(trainer).concatenate(torch.tensor([[self._step]]))
         if len(set(steps.flatten().tolist())) > 1:
             raise InputError(
@@ -103,7 +110,11 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: DDPM, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Save where it is due; where validation follows at once, it is saved after that."""
+        """Save where it is due; where validation follows at once, it is saved after that.
+
+        Raises:
+            Stopped: A signal has come; last.ckpt is of this step.
+        """
         stepped = trainer.global_step != self._step
         self._step = trainer.global_step
         if stepped and not self._validation_follows(trainer):
@@ -114,6 +125,7 @@ class Checkpoints(Checkpoint):
         if trainer.sanity_checking or not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
             return
         self._check_monitor(trainer)
+        is_stopping(trainer, agree=True)  # it may have taken long
         self._save_if_due(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: DDPM) -> None:
@@ -159,13 +171,17 @@ class Checkpoints(Checkpoint):
             # last is written after it: the newest file is always last
             names.append(f"step={step}")
             names.append("last")
+        if is_stopping(trainer):
+            names.append("last")
         self._save(trainer, names)
+        if is_stopping(trainer):
+            stop(trainer)
 
     def _save(self, trainer: Trainer, names: list[str]) -> None:
         """Write one file, and give it its other names."""
         if not names:
             return
-        folder = self.folder(trainer)
+        folder = run_folder(trainer, "checkpoints")
         first, *others = [folder / f"{name}.ckpt" for name in dict.fromkeys(names)]
         # A run that goes on from here logs from here on: what came before must be on disk.
         for logger in trainer.loggers:

@@ -65,7 +65,7 @@ class Curves(Callback):
     ) -> None:
         """Add to the window, and log it where it ends."""
         quartiles = outputs["t"] * NUM_QUARTILES // pl_module.process.num_timesteps
-        self._losses.add(outputs["losses"], quartiles)
+        self._losses.add(outputs["losses"], quartiles, outputs["weights"])
         self._num_images += len(batch.positions) * trainer.world_size
         stepped = trainer.global_step != self._step
         self._step = trainer.global_step

@@ -12,6 +12,7 @@ from ddpm_lightning.callbacks.shared import Mean, log_evaluation
 from ddpm_lightning.data.datamodule import Batch
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.module import DDPM
+from ddpm_lightning.nonfinite import keep_if_bad
 
 
 class EMA(Callback):
@@ -40,6 +41,11 @@ class EMA(Callback):
         """Whether there is an average."""
         return bool(self._average)
 
+    @property
+    def average(self) -> list[Tensor]:
+        """The averaged parameters, in the network's order; empty where there is no average."""
+        return list(self._average.values())
+
     # --- the average ---------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: DDPM) -> None:
@@ -60,11 +66,14 @@ class EMA(Callback):
         decay = self.decay
         if self.warmup:
             decay = min(decay, (1 + self._step) / (10 + self._step))
-        average = list(self._average.values())
+        average = self.average
         parameters = [
             parameter.detach().to(mean.dtype)
             for parameter, mean in zip(pl_module.net.parameters(), average, strict=True)
         ]
+        if pl_module.bad_steps.latest is not None:
+            # of a bad step the average takes itself, which changes no bit of it
+            parameters = keep_if_bad(pl_module.bad_steps.latest, average, parameters)
         torch._foreach_lerp_(average, parameters, 1 - decay)
 
     @contextmanager

@@ -1,7 +1,8 @@
 """Judge samples while it trains."""
 
 import time
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -10,7 +11,15 @@ from tqdm import tqdm
 from ddpm_lightning.callbacks.curves import aside
 from ddpm_lightning.callbacks.ema import EMA
 from ddpm_lightning.callbacks.progress import bar_options
-from ddpm_lightning.callbacks.shared import TrainerRanks, find_callback, log_scalars
+from ddpm_lightning.callbacks.shared import (
+    TrainerRanks,
+    find_callback,
+    log_scalars,
+    make_run_folder,
+    run_folder,
+    sampler_options,
+)
+from ddpm_lightning.callbacks.signals import Interrupted, check_signals, is_stopping
 from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.data.batches import Batch
 from ddpm_lightning.diffusion.process import Process
@@ -48,7 +57,8 @@ class FID(Callback):
         metrics: fd (Frechet distance), kid, is (Inception Score), prc (precision and recall).
         weights: ema, raw, or both.
         sampler: Its name.
-        num_steps: Network evaluations per image; None is the sampler's default.
+        num_steps: Timesteps to visit; None is the sampler's default.
+        spacing: Which timesteps those are, as `sample` has it; None is the sampler's default.
         batch_size: Samples at a time on each device.
     """
 
@@ -62,6 +72,7 @@ class FID(Callback):
         weights: list[Weights] = ["ema"],  # noqa: B006
         sampler: SamplerName = "ddim",
         num_steps: int | None = 20,
+        spacing: str | None = None,
         batch_size: int = 64,
     ) -> None:
         if every_n_steps < 0:
@@ -74,7 +85,8 @@ class FID(Callback):
         self.num_images = num_images
         self.metrics = metrics
         self.weights = weights
-        self.sampler = make_sampler(sampler, num_steps)
+        with sampler_options("fid"):
+            self.sampler = make_sampler(sampler, num_steps, spacing=spacing)
         self.batch_size = batch_size
         self.latest: dict[str, float] = {}
         self.seconds = 0.0
@@ -85,6 +97,7 @@ class FID(Callback):
         self._start = 0.0
         self._step = 0
         self._judged_step = 0
+        self._is_owed = False
 
     @property
     def names(self) -> list[str]:
@@ -111,25 +124,33 @@ class FID(Callback):
 
         Raises:
             InputError: The extractor or its weights are missing, it cannot serve the metrics, the
-                schedule has not so many steps, or there is no average of the weights.
+                schedule has not the sampler's timesteps, or there is no average of the weights.
         """
         if "ema" in self.weights and (ema is None or ema.decay == 0):
             raise InputError(
                 "--fid.weights ema: there is no average of the weights (--ema.decay 0); give "
                 "--fid.weights [raw], or judge never with --fid.every_n_steps 0"
             )
-        try:
+        with sampler_options("fid"):
             self.sampler.respace(process)
-        except InputError as error:
-            raise InputError(f"--fid.num_steps: {error}") from error
         check_metrics(self.metrics, self.extractor, self.num_images)
 
     def share_of_time(self) -> float:
         """Give the share of the wall time since training began that judging took."""
         return self.seconds / max(time.perf_counter() - self._start, 1e-9)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Tell whether a signal came before the checkpoint's step was judged."""
+        return {"is_owed": self._is_owed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what is owed."""
+        self._is_owed = state_dict["is_owed"]
+
     def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Note where a resumed run goes on, and take the training images' features."""
+        make_run_folder(trainer)
+        is_owed, self._is_owed = self._is_owed, False
         self._start = time.perf_counter()
         self._step = self._judged_step = trainer.global_step
         if not self.every_n_steps:
@@ -143,6 +164,8 @@ class FID(Callback):
             data.train_images, data.source, self.extractor, self.metrics, data.cache_dir
         )
         self.seconds += time.perf_counter() - self._start
+        if is_owed:
+            self._judge_all(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: DDPM, outputs: Any, batch: Batch, batch_idx: int
@@ -155,7 +178,8 @@ class FID(Callback):
         if self._step % self.every_n_steps == 0 or self._step == trainer.max_steps:
             with aside(trainer):
                 self._judge_all(trainer, pl_module)
-            pl_module.log_dict(self.latest, logger=False)  # for callbacks that monitor it
+            if not self._is_owed:
+                pl_module.log_dict(self.latest, logger=False)  # for callbacks that monitor it
 
     def on_train_end(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Judge the last step, where it was not known beforehand that it would be the last."""
@@ -163,16 +187,24 @@ class FID(Callback):
             self._judge_all(trainer, pl_module)
 
     def _judge_all(self, trainer: Trainer, pl_module: DDPM) -> None:
+        """Judge, unless a signal comes before it is done: then it is owed."""
         start = time.perf_counter()
         self._judged_step = trainer.global_step
-        for weights in self.weights:
-            if weights == "raw":
-                self._judge(trainer, pl_module, weights)
-            else:
-                ema = find_callback(trainer, EMA)
-                assert ema is not None  # see check
-                with ema.scope(pl_module):
+        self._is_owed = True
+        if is_stopping(trainer):
+            return
+        try:
+            for weights in self.weights:
+                if weights == "raw":
                     self._judge(trainer, pl_module, weights)
+                else:
+                    ema = find_callback(trainer, EMA)
+                    assert ema is not None  # see check
+                    with ema.scope(pl_module):
+                        self._judge(trainer, pl_module, weights)
+        except Interrupted:
+            return
+        self._is_owed = False
         self.seconds += time.perf_counter() - start
         log_scalars(trainer, {**self.latest, "fid/share_of_time": self.share_of_time()})
 
@@ -183,17 +215,10 @@ class FID(Callback):
         rank, world = trainer.global_rank, trainer.world_size
         # contiguous shares, so that the ranks' features follow each other in the seeds' order
         share = range(self.num_images * rank // world, self.num_images * (rank + 1) // world)
-        with tqdm(
-            total=len(share),
-            desc=f"judging ({weights})",
-            unit="image",
-            leave=False,
-            disable=not trainer.is_global_zero,
-            **bar_options(),
-        ) as bar:
-            for images in pl_module.batches(share, self.sampler, self.batch_size):
-                collector.add(images)
-                bar.update(len(images))
+        with suppress(Interrupted):  # until the others know
+            self._collect(trainer, pl_module, collector, share, weights)
+        if is_stopping(trainer, agree=True):
+            raise Interrupted
         generated = collector.finish(TrainerRanks(trainer))
         values = evaluate(
             generated, self._reference.features, self.metrics, self.extractor.distance_name
@@ -214,6 +239,7 @@ class FID(Callback):
                     "sampler": describe_sampler(
                         self.sampler, self.sampler.count_steps(pl_module.process)
                     ),
+                    "nfe": self.sampler.count_evaluations(pl_module.process),
                     "seeds": f"0-{self.num_images - 1}",
                     "batch_size": self.batch_size,
                     "world_size": world,
@@ -222,5 +248,28 @@ class FID(Callback):
                 pl_module.device,
                 warnings_of(generated, self._reference.features),
             )
-            folder = Path(trainer.default_root_dir) / "fid"
-            write_record(folder / f"step={trainer.global_step}-{weights}.json", record)
+            name = f"step={trainer.global_step}-{weights}.json"
+            write_record(run_folder(trainer, "fid") / name, record)
+
+    def _collect(
+        self,
+        trainer: Trainer,
+        pl_module: DDPM,
+        collector: Collector,
+        seeds: Sequence[int],
+        weights: Weights,
+    ) -> None:
+        with tqdm(
+            total=len(seeds),
+            desc=f"judging ({weights})",
+            unit="image",
+            leave=False,
+            disable=not trainer.is_global_zero,
+            **bar_options(),
+        ) as bar:
+            batches = pl_module.batches(
+                seeds, self.sampler, self.batch_size, lambda: check_signals(trainer)
+            )
+            for images in batches:
+                collector.add(images)
+                bar.update(len(images))

@@ -1,5 +1,6 @@
 """TensorBoard's files of a run: curves, charts and options."""
 
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import yaml
@@ -24,6 +25,11 @@ class RunLogger(TensorBoardLogger):
     def save(self) -> None:
         """Flush; Lightning's would write an hparams.yaml, but config.yaml holds all options."""
         self.experiment.flush()
+
+    def finalize(self, status: str) -> None:
+        """Close the file; where training has failed, what the disk says now is no news."""
+        with suppress(OSError) if status == "failed" else nullcontext():
+            super().finalize(status)
 
     @rank_zero_only
     def log_config(self, config: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Pictures while it trains."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,16 @@ from torch import Tensor
 
 from ddpm_lightning.callbacks.curves import aside
 from ddpm_lightning.callbacks.ema import EMA
-from ddpm_lightning.callbacks.shared import find_callback, log_scalars
+from ddpm_lightning.callbacks.shared import (
+    find_callback,
+    log_scalars,
+    make_run_folder,
+    run_folder,
+    sampler_options,
+)
+from ddpm_lightning.callbacks.signals import Interrupted, check_signals, is_stopping
 from ddpm_lightning.data.datamodule import Batch
+from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import channel_statistics, make_grid, to_uint8, write_png
 from ddpm_lightning.module import DDPM
@@ -33,7 +42,8 @@ class Samples(Callback):
         every_n_steps: Optimizer steps from grid to grid; 0 draws none at all.
         num_images: Images in the grid, from seeds 0, 1, ...
         sampler: Its name.
-        num_steps: Network evaluations per image; None is the sampler's default.
+        num_steps: Timesteps to visit; None is the sampler's default.
+        spacing: Which timesteps those are, as `sample` has it; None is the sampler's default.
     """
 
     def __init__(
@@ -42,23 +52,45 @@ class Samples(Callback):
         num_images: int = 64,
         sampler: SamplerName = "ddim",
         num_steps: int | None = None,
+        spacing: str | None = None,
     ) -> None:
         if every_n_steps < 0 or num_images < 1:
             raise InputError("samples.every_n_steps must be at least 0, samples.num_images 1")
         self.every_n_steps = every_n_steps
         self.num_images = num_images
-        self.sampler = make_sampler(sampler, num_steps)
+        with sampler_options("samples"):
+            self.sampler = make_sampler(sampler, num_steps, spacing=spacing)
         self.latest: Path | None = None
         self._step = 0
+        self._drawn_step = 0
+        self._is_owed = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tell whether a signal came before the grid of the checkpoint's step was drawn."""
+        return {"is_owed": self._is_owed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what is owed."""
+        self._is_owed = state_dict["is_owed"]
+
+    def check(self, process: Process) -> None:
+        """Refuse early what cannot be drawn.
+
+        Raises:
+            InputError: The schedule has not the sampler's timesteps.
+        """
+        if self.every_n_steps:
+            with sampler_options("samples"):
+                self.sampler.respace(process)
 
     def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Note the step that a resumed run goes on from, and refuse impossible options early."""
         self._step = trainer.global_step
-        if self.every_n_steps:
-            try:
-                self.sampler.respace(pl_module.process)
-            except InputError as error:
-                raise InputError(f"--samples.num_steps: {error}") from error
+        make_run_folder(trainer)
+        is_owed, self._is_owed = self._is_owed, False
+        self.check(pl_module.process)
+        if self.every_n_steps and is_owed:
+            self._draw(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: DDPM, outputs: Any, batch: Batch, batch_idx: int
@@ -72,27 +104,31 @@ class Samples(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Draw the last step, if that has not just been done."""
-        path = self._path(trainer)
-        if self.every_n_steps and trainer.global_step and self.latest != path:
+        if self.every_n_steps and trainer.global_step and self._drawn_step != trainer.global_step:
             self._draw(trainer, pl_module)
 
-    @staticmethod
-    def _path(trainer: Trainer) -> Path:
-        return Path(trainer.default_root_dir) / "samples" / f"step={trainer.global_step}.png"
-
     def _draw(self, trainer: Trainer, pl_module: DDPM) -> None:
-        if not trainer.is_global_zero:
+        """Draw on rank 0, unless a signal comes before it is done: then it is owed."""
+        self._drawn_step = trainer.global_step
+        self._is_owed = True
+        if is_stopping(trainer):
             return
+        with suppress(Interrupted):
+            if trainer.is_global_zero:
+                self._draw_here(trainer, pl_module)
+            self._is_owed = False
+        is_stopping(trainer, agree=True)
+
+    def _draw_here(self, trainer: Trainer, pl_module: DDPM) -> None:
         ema = find_callback(trainer, EMA)
-        raw, strip = self._sample(pl_module)
+        raw, strip = self._sample(trainer, pl_module)
         grids = {"raw": raw}
         if ema is not None and ema.is_active:
             with ema.scope(pl_module):
-                grids["ema"], strip = self._sample(pl_module)
+                grids["ema"], strip = self._sample(trainer, pl_module)
         best = grids.get("ema", raw)
 
-        self.latest = self._path(trainer)
-        self.latest.parent.mkdir(parents=True, exist_ok=True)
+        self.latest = run_folder(trainer, "samples") / f"step={trainer.global_step}.png"
         write_png(self.latest, make_grid(best))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -103,13 +139,14 @@ class Samples(Callback):
                 logger.experiment.add_image("samples/denoising", strip, trainer.global_step)
         log_scalars(trainer, _channel_scalars(trainer, best))
 
-    def _sample(self, pl_module: DDPM) -> tuple[Tensor, Tensor]:
+    def _sample(self, trainer: Trainer, pl_module: DDPM) -> tuple[Tensor, Tensor]:
         """Sample the grid's images, uint8 [N, C, H, W], and lay out the strip, uint8 [C, H, W]."""
         num_steps = self.sampler.count_steps(pl_module.process)
         shown = {round(i * (num_steps - 1) / (STRIP_STEPS - 1)) for i in range(STRIP_STEPS)}
         columns: list[Tensor] = []
         step = None
         for index, step in enumerate(pl_module.denoise(range(self.num_images), self.sampler)):
+            check_signals(trainer)
             if index in shown:
                 pair = torch.stack([step.x_prev, step.pred_x_0], dim=1)[:STRIP_IMAGES]
                 columns.append(to_uint8(pair).cpu())

@@ -1,11 +1,15 @@
 """What several callbacks need: means over ranks, logging at the right step, each other."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from ddpm_lightning.errors import InputError
 from ddpm_lightning.module import DDPM
 
 AnyCallback = TypeVar("AnyCallback", bound=Callback)
@@ -15,6 +19,38 @@ def find_callback(trainer: Trainer, kind: type[AnyCallback]) -> AnyCallback | No
     """Find a trainer's callback of some kind."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
+
+@contextmanager
+def sampler_options(callback: str) -> Iterator[None]:
+    """Let what is refused about a sampler's option name it as the callback's: --fid.num_steps."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"--{callback}.{error}") from error
+
+
+def make_run_folder(trainer: Trainer) -> None:
+    """Make the folder of a trainer's files, at the start of training, on rank 0."""
+    if trainer.is_global_zero:
+        Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
+
+
+def run_folder(trainer: Trainer, name: str = "") -> Path:
+    """Give the folder of a trainer's files, or one in it, which rank 0 makes.
+
+    Raises:
+        InputError: The former is gone: made anew, it would hold half a run.
+    """
+    root = Path(trainer.default_root_dir)
+    if trainer.is_global_zero:
+        if not root.is_dir():
+            raise InputError(
+                f"{root}: the run's folder has vanished at step {trainer.global_step}; is the disk "
+                "still there? Restore it and go on with --ckpt_path last, or start anew"
+            )
+        (root / name).mkdir(exist_ok=True)
+    return root / name
 
 
 class TrainerRanks:
@@ -52,13 +88,22 @@ class Mean:
         self._num_bins = num_bins
         self._sums: Tensor | None = None
 
-    def add(self, values: Tensor, bins: Tensor | None = None) -> None:
-        """Add values [N], each to its bin (int64 [N]; the first when None), without waiting."""
+    def add(
+        self, values: Tensor, bins: Tensor | None = None, weights: Tensor | None = None
+    ) -> None:
+        """Add values [N], without waiting.
+
+        Args:
+            values: Float [N].
+            bins: Which mean each belongs to, int64 [N]; the first when None.
+            weights: What each counts for, float [N]; 1 when None.
+        """
         if self._sums is None:
             self._sums = self._zeros(values.device)
         if bins is None:
             bins = torch.zeros_like(values, dtype=torch.int64)
-        pieces = torch.stack([values.double(), torch.ones_like(values, dtype=torch.float64)])
+        counts = torch.ones_like(values) if weights is None else weights
+        pieces = torch.stack([values.double() * counts.double(), counts.double()])
         self._sums.index_add_(1, bins, pieces)
 
     def over_ranks(self, trainer: Trainer) -> list[float]:

@@ -25,7 +25,7 @@ from ddpm_lightning.metrics.features import make_extractor
 from ddpm_lightning.metrics.judge import METRICS, check_metrics, metric_titles
 from ddpm_lightning.metrics.record import make_protocol, protocol_differences, read_record
 from ddpm_lightning.runs import is_rank_zero
-from ddpm_lightning.samplers import Sampler, SamplerName, make_sampler
+from ddpm_lightning.samplers import Clip, Sampler, SamplerName, make_sampler, options_of
 
 NUM_IMAGES = 50_000  # Heusel et al. 2017; fewer give larger distances
 
@@ -42,6 +42,8 @@ def fid(
     sampler: str = "ddim",
     num_steps: str | None = None,
     eta: float | None = None,
+    spacing: str | None = None,
+    clip: Clip | None = None,
     out: str | None = None,
     batch_size: int = 64,
     watch: bool = False,
@@ -72,9 +74,11 @@ def fid(
             only images from the disk are judged. Only numbers of as many images can be compared.
         num_repeats: Judge so many times, from disjoint seeds, and give mean and standard deviation.
         weights: ema, raw, or ema,raw.
-        sampler: ddim, ddpm, or ddim,ddpm.
-        num_steps: Network evaluations per image, such as 50 or 20,50,100; ddim takes 50, ddpm all.
+        sampler: ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun, or several, as in ddim,ddpm.
+        num_steps: Timesteps to visit, such as 50 or 20,50,100; by default as `sample` has it.
         eta: Share of fresh noise for ddim, from 0 (deterministic, the default) to 1.
+        spacing: Which timesteps those are, as `sample` has it.
+        clip: What happens to the predicted x_0, as `sample` has it: static, dynamic or none.
         out: The output folder; RUN/fid_sweep for checkpoints of one run, else fid_sweep beside the
             first subject.
         batch_size: Images at a time on each device.
@@ -98,7 +102,7 @@ def fid(
         raise InputError("give a SUBJECT: a checkpoint, a run's folder, or images (see --help)")
     metrics_ = split_names("--metrics", metrics, METRICS)
     kinds = split_names("--weights", weights, get_args(Weights))
-    samplers = make_samplers(sampler, num_steps, eta)
+    samplers = make_samplers(sampler, num_steps, eta, spacing, clip)
     if num_repeats < 1 or batch_size < 1:
         raise InputError("--num_repeats and --batch_size must be at least 1")
     read = CheckpointReader(kinds, samplers)
@@ -145,23 +149,27 @@ def fid(
     return 0
 
 
-def make_samplers(names: str, num_steps: str | None, eta: float | None) -> list[Sampler]:
+def make_samplers(
+    names: str, num_steps: str | None, eta: float | None, spacing: str | None, clip: Clip | None
+) -> list[Sampler]:
     """Combine samplers and numbers of steps.
 
     Args:
         names: Of samplers, divided by commas.
         num_steps: Numbers divided by commas; None is each sampler's default.
-        eta: For ddim; the others do without.
+        eta: For those that have it; the others do without.
+        spacing: For all.
+        clip: For all.
 
     Raises:
-        InputError: One is unknown or out of range, or eta is given without ddim.
+        InputError: One is unknown or out of range, or none of the samplers has eta.
     """
     chosen = split_names("--sampler", names, get_args(SamplerName))
     counts = [None] if num_steps is None else split_numbers("--num_steps", num_steps)
-    if eta is not None and "ddim" not in chosen:
-        raise InputError(f"--eta {eta}: belongs to the ddim sampler; leave it out, or add ddim")
+    # where none has it, each is given it and refuses
+    taking_eta = [name for name in chosen if "eta" in options_of(name)] or chosen
     return [
-        make_sampler(name, count, eta if name == "ddim" else None)
+        make_sampler(name, count, eta if name in taking_eta else None, spacing, clip)
         for name in chosen
         for count in counts
     ]

@@ -15,7 +15,7 @@ from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.commands.run_config import RunConfig
 from ddpm_lightning.commands.subjects import Checkpoint, StoredImages, Subject
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.metrics.record import describe_sampler
+from ddpm_lightning.metrics.record import describe_sampler, sampler_slug
 from ddpm_lightning.module import DDPM
 from ddpm_lightning.randomness import NUM_SEEDS
 from ddpm_lightning.samplers import Sampler
@@ -72,10 +72,7 @@ class SampledRow(Row):
     @property
     def name(self) -> str:
         """Such as step=500-ema-ddim-50."""
-        sampler = self._sampler()
-        eta = f"-eta{sampler['eta']:g}" if sampler.get("eta") else ""
-        words = [self.checkpoint.path.stem, self.weights, sampler["name"], str(self.nfe)]
-        return "-".join(words) + eta
+        return f"{self.checkpoint.path.stem}-{self.weights}-{sampler_slug(self._sampler())}"
 
     @property
     def identity(self) -> list[Any]:
@@ -84,8 +81,8 @@ class SampledRow(Row):
 
     @property
     def nfe(self) -> int:
-        """The sampler's steps."""
-        return self.sampler.count_steps(self.checkpoint.process)
+        """The sampler's."""
+        return self.sampler.count_evaluations(self.checkpoint.process)
 
     def open(self, device: torch.device, batch_size: int) -> Batches:
         """Load the model."""
@@ -107,7 +104,6 @@ class SampledRow(Row):
             "weights": self.weights,
             "ema_decay": ema_decay,
             "sampler": self._sampler(),
-            "timesteps": "evenly spaced",
             "nfe": self.nfe,
             "variance": self.checkpoint.process.variance,
             "guidance": "none",
@@ -115,7 +111,7 @@ class SampledRow(Row):
         }
 
     def _sampler(self) -> dict[str, Any]:
-        return describe_sampler(self.sampler, self.nfe)
+        return describe_sampler(self.sampler, self.sampler.count_steps(self.checkpoint.process))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,10 +27,11 @@ from ddpm_lightning.images import (
     write_gif,
     write_png,
 )
+from ddpm_lightning.metrics.record import describe_sampler, sampler_slug
 from ddpm_lightning.module import DDPM, finished_images
 from ddpm_lightning.randomness import NUM_SEEDS
 from ddpm_lightning.runs import is_rank_zero
-from ddpm_lightning.samplers import Sampler, SamplerName, make_sampler
+from ddpm_lightning.samplers import Clip, Sampler, SamplerName, make_sampler
 
 GRID_IMAGES = 64
 GIF_FRAMES = 50
@@ -46,6 +46,8 @@ def sample(
     sampler: SamplerName = "ddpm",
     num_steps: int | None = None,
     eta: float | None = None,
+    spacing: str | None = None,
+    clip: Clip | None = None,
     weights: Weights = "ema",
     out: str | None = None,
     format: Format = "png",
@@ -64,9 +66,15 @@ def sample(
         checkpoint: A .ckpt file of a run.
         num_images: Images from seeds 0, 1, ...; 64 when neither this nor seeds is given.
         seeds: The seeds instead, such as 0-63 or 3,7,100-120.
-        sampler: ddpm (ancestral) or ddim.
-        num_steps: Network evaluations per image; ddpm takes all timesteps, ddim 50.
+        sampler: ddpm (ancestral), ddim, dpmpp_2m (DPM-Solver++), dpmpp_2m_sde (the same with fresh
+            noise), or heun.
+        num_steps: Timesteps to visit; ddpm takes all, ddim 50, dpmpp_2m and dpmpp_2m_sde 20, heun
+            10. At each the network is evaluated once, by heun twice but in its last step.
         eta: Share of fresh noise for ddim, from 0 (deterministic, the default) to 1.
+        spacing: Which timesteps those are: even, leading, trailing, ddimN (N by a whole stride) or
+            sections such as 10,15,20; ddpm and ddim take even, the others trailing.
+        clip: What happens to the predicted x_0: static clamps it to [-1, 1] (the default), dynamic
+            scales what lies beyond into it, none leaves it.
         weights: The moving average, or the raw weights.
         out: The output folder; RUN/generated/step=N-WEIGHTS-SAMPLER-STEPS when left out. Other
             seeds may be added to it later.
@@ -80,17 +88,17 @@ def sample(
     wanted = parse_seeds(seeds, num_images)
     if batch_size < 1:
         raise InputError(f"--batch_size must be at least 1, got {batch_size}")
-    chosen = make_sampler(sampler, num_steps, eta)
+    chosen = make_sampler(sampler, num_steps, eta, spacing, clip)
     model = DDPM.from_checkpoint(checkpoint, weights)
-    chosen.respace(model.process)  # refuses a number of steps that the schedule does not have
+    chosen.respace(model.process)  # refuses timesteps that the schedule does not have
     trainer = make_trainer(accelerator, devices, num_nodes)
-    steps = chosen.count_steps(model.process)
-    folder = Path(out or _default_folder(Path(checkpoint), weights, sampler, steps, eta))
+    description = describe_sampler(chosen, chosen.count_steps(model.process))
+    folder = Path(out or _default_folder(Path(checkpoint), weights, description))
     settings = {
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": file_sha256(checkpoint),
         "weights": weights,
-        "sampler": {"name": sampler, **asdict(chosen)},  # type: ignore[call-overload]
+        "sampler": description,
         "batch_size": batch_size,
     }
     if format == "npz":  # one file, which cannot grow
@@ -250,12 +258,10 @@ def _path(folder: Path, seed: int) -> Path:
     return folder / f"{seed:06d}.png"
 
 
-def _default_folder(
-    checkpoint: Path, weights: Weights, sampler_name: SamplerName, num_steps: int, eta: float | None
-) -> Path:
+def _default_folder(checkpoint: Path, weights: Weights, sampler: dict[str, Any]) -> Path:
     """Name a folder by what its images depend on; last.ckpt is another one tomorrow."""
     step = load_checkpoint(checkpoint)["global_step"]
-    name = f"step={step}-{weights}-{sampler_name}-{num_steps}" + (f"-eta{eta:g}" if eta else "")
+    name = f"step={step}-{weights}-{sampler_slug(sampler)}"
     in_run = checkpoint.absolute().parent.name == "checkpoints"
     return (checkpoint.parent.parent if in_run else checkpoint.parent) / "generated" / name
 

@@ -7,17 +7,18 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, Stopped
 
 logger = logging.getLogger("ddpm_lightning")
 
 # The file system's own refusals: the user can mend them, a traceback does not help.
 DISK_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO),
     *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 }
 
@@ -34,18 +35,36 @@ def run_command(command: Callable[[], object]) -> int:
         The status: the command's own where it gives one; 130 where Ctrl-C stopped it.
     """
     _set_up_output()
+    received: int = signal.SIGINT
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = number
+        raise KeyboardInterrupt
+
+    # As Ctrl-C, which Lightning passes on to the processes that it has launched; while training,
+    # the callback Signals takes both over.
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         result = command()
     except (InputError, MisconfigurationException) as error:
         return _fail(str(error))
-    except SIGTERMException:  # Lightning's exit without a status would look like success
-        return 128 + signal.SIGTERM
+    except Stopped as stopped:
+        if str(stopped):
+            announce(str(stopped))
+        return stopped.status
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return 128 + received
+    except SystemExit as exit_:
+        if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning makes it a plain failure
+            return 128 + received
+        raise
     except OSError as error:
         if error.errno in DISK_ERRORS:
             return _fail(str(error))
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return result if isinstance(result, int) else 0
 
 
@@ -78,6 +97,7 @@ def _set_up_output() -> None:
         r".*LeafSpec.*",  # Lightning's own use of a deprecated name
         r".*all_gather is deprecated.*",  # the same
         r".*GPU available but not used.*",
+        r".*sync_dist=True.*",  # what is logged is the mean over all ranks already
         r".*predict returned None.*",  # the images are on disk
         r".*Total length of `list` across ranks is zero.*",  # without validation images
     ):

@@ -103,7 +103,7 @@ class CheckpointReader:
         """Look at one.
 
         Raises:
-            InputError: It is none, is damaged, lacks the weights, or has fewer timesteps than are
+            InputError: It is none, is damaged, lacks the weights, or has not the timesteps
                 asked for.
         """
         content = load_checkpoint(path)
@@ -133,7 +133,7 @@ class CheckpointReader:
         if model.image_shape is None:
             raise InputError(f"{path}: does not say what shape its images have")
         for sampler in self._samplers:
-            sampler.respace(model.process)  # refuses more steps than there are
+            sampler.respace(model.process)  # refuses timesteps that there are not
         return model
 
 

@@ -12,7 +12,13 @@ from typing import Any
 from ddpm_lightning.commands.rows import Row
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import write_atomically
-from ddpm_lightning.metrics.record import Record, protocol_differences, read_record, write_record
+from ddpm_lightning.metrics.record import (
+    Record,
+    protocol_differences,
+    read_record,
+    unusual_options,
+    write_record,
+)
 
 CURVES = "curves"
 """The subfolder of RUN/fid_sweep that TensorBoard's curves go to, whatever OUT is."""
@@ -125,7 +131,8 @@ class SweepFolder:
             "step": subject.get("step", ""),
             "images_seen": subject.get("images_seen", ""),
             **dict(zip(("weights", "sampler", "num_steps"), settings_of(subject), strict=True)),
-            "eta": subject.get("sampler", {}).get("eta", ""),
+            **{key: subject.get("sampler", {}).get(key, "") for key in ("eta", "spacing", "clip")},
+            "nfe": subject.get("nfe", ""),
             "num_images": record["num_images"],
             "num_repeats": count,
         }
@@ -171,5 +178,5 @@ def settings_of(subject: dict[str, Any]) -> list[str]:
     sampler = subject.get("sampler")
     if sampler is None:
         return ["", "", ""]
-    eta = f" eta {sampler['eta']:g}" if sampler.get("eta") else ""
-    return [subject["weights"], sampler["name"] + eta, str(sampler["num_steps"])]
+    name = " ".join([sampler["name"], *unusual_options(sampler)])
+    return [subject["weights"], name, str(sampler["num_steps"])]

@@ -15,8 +15,8 @@ def draw(path: Path, records: Sequence[Record], titles: dict[str, str]) -> None:
     """Draw each metric in a chart of its own, as PNG.
 
     Over the optimizer step where that varies, with a line for each combination of weights, sampler
-    and steps; else over the sampler's steps, where those vary; else over the subjects. Images from
-    the disk are dashed lines across the curves.
+    and steps; else over the network evaluations, where those vary; else over the subjects. Images
+    from the disk are dashed lines across the curves.
 
     Args:
         path: The file.

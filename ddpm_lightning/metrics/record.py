@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ddpm_lightning.checkpoints import flatten
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import write_atomically
 from ddpm_lightning.metrics.judge import METHODS
-from ddpm_lightning.samplers import Sampler
+from ddpm_lightning.samplers import SAMPLERS, Sampler
 
 RECORD_VERSION = 1
 
@@ -77,9 +77,29 @@ def make_protocol(num_images: int, protocol: dict[str, Any]) -> dict[str, Any]:
 
 def describe_sampler(sampler: Sampler, num_steps: int) -> dict[str, Any]:
     """Describe a sampler by its name and fields, its number of steps spelled out."""
-    name = type(sampler).__name__.removesuffix("Sampler").lower()
-    fields = asdict(sampler)  # type: ignore[call-overload]
-    return {"name": name, **fields, "num_steps": num_steps}
+    return {"name": sampler.name, **asdict(sampler), "num_steps": num_steps}
+
+
+def unusual_options(sampler: dict[str, Any]) -> list[str]:
+    """Say what of a described sampler is not its default, such as `eta 0.5`, `even`, `clip none`.
+
+    The oldest descriptions have no spacing, and say `clip` true for what is `static` now.
+    """
+    defaults = {field.name: field.default for field in fields(SAMPLERS[sampler["name"]])}
+    if sampler.get("clip") is True:
+        sampler = {**sampler, "clip": "static"}
+    forms = {"eta": "eta {:g}", "spacing": "{}", "clip": "clip {}"}
+    return [
+        form.format(sampler[option])
+        for option, form in forms.items()
+        if option in sampler and sampler[option] != defaults[option]
+    ]
+
+
+def sampler_slug(sampler: dict[str, Any]) -> str:
+    """Name a described sampler in file names, such as ddim-50-eta0.5."""
+    words = [sampler["name"], str(sampler["num_steps"]), *unusual_options(sampler)]
+    return "-".join(words).replace(" ", "")
 
 
 def write_record(path: Path, record: Record) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.samplers.base import Draw, Network, Sampler, Step
@@ -12,12 +13,12 @@ class DDPMSampler(Sampler):
     """Ancestral sampling: every step draws from p(x_{t-1} | x_t).
 
     Args:
-        num_steps: Evenly spaced timesteps to visit; None visits all of them.
-        clip: Clip the predicted x_0 to [-1, 1] at every step, as the authors' code does.
+        num_steps: Timesteps to visit; None visits all of them.
+        spacing: Which timesteps those are (see `space_timesteps`).
+        clip: How the predicted x_0 is clipped (see `clip_x_0`); the authors' code has static.
     """
 
-    num_steps: int | None = None
-    clip: bool = True
+    name: ClassVar[str] = "ddpm"
 
     def __call__(self, net: Network, process: Process, draw: Draw) -> Iterator[Step]:
         """Run the chain (see `Sampler`)."""

@@ -1,15 +1,16 @@
 """Ours against diffusers': the same network and the same chain."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 from torch import Tensor, nn
 
-from ddpm_lightning.diffusion.process import Process, Variance
-from ddpm_lightning.diffusion.schedules import make_betas
+from ddpm_lightning.diffusion.process import Prediction, Process, Variance
+from ddpm_lightning.diffusion.schedules import Schedule, make_betas, rescale_to_zero_snr
 from ddpm_lightning.networks.unet import Attention, Block, Downsample, UNet, Upsample
 from ddpm_lightning.samplers import DDIMSampler, DDPMSampler
 from tests.conftest import Golden
@@ -127,25 +128,55 @@ def test_network_is_the_same_at_256_pixels() -> None:
     assert (mine - other).abs().max() <= 1e-4 * other.abs().max()
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+PREDICTION_TYPES: dict[Prediction, str] = {
+    "noise": "epsilon",
+    "x_0": "sample",
+    "v": "v_prediction",
+}  # they have no mu
+
+
+@pytest.mark.parametrize(
+    ("prediction", "variance", "zero_terminal_snr"),
+    [
+        ("noise", "fixed_small", False),
+        ("noise", "fixed_large", False),
+        ("noise", "learned_range", False),
+        ("x_0", "learned_range", False),
+        ("v", "learned_range", False),
+        # where theirs divides by 0 for noise, and ours refuses it
+        ("x_0", "fixed_small", True),
+        ("v", "learned_range", True),
+    ],
+)
 def test_ancestral_chain_is_the_same(
-    golden: Golden, variance: Variance, monkeypatch: pytest.MonkeyPatch
+    golden: Golden,
+    prediction: Prediction,
+    variance: Variance,
+    zero_terminal_snr: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    betas = make_betas("linear", 1000)
+    if zero_terminal_snr:
+        betas = rescale_to_zero_snr(betas)
     scheduler = DDPMScheduler(
-        trained_betas=make_betas("linear", 1000).numpy(), variance_type=variance, clip_sample=True
+        trained_betas=betas.numpy(),
+        variance_type=variance,
+        clip_sample=True,
+        prediction_type=PREDICTION_TYPES[prediction],
     )
     # Their tables are float32; in float64 the comparison can be strict.
-    scheduler.alphas_cumprod = Process(make_betas("linear", 1000)).alphas_cumprod
     scheduler.one = torch.tensor(1.0, dtype=torch.float64)
-    scheduler.betas = make_betas("linear", 1000)
-    scheduler.alphas = 1 - scheduler.betas
+    scheduler.betas = betas
+    scheduler.alphas = 1 - betas
+    scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
+    net = golden.net_for(variance)
     x = golden["noise_2"]
     for t in scheduler.timesteps.tolist():
         monkeypatch.setattr(
             "diffusers.schedulers.scheduling_ddpm.randn_tensor",
             lambda *_, t=t, **__: golden.chain_noise(t),
         )
-        output = golden.net(x, torch.full((3,), t))
+        output = net(x, torch.full((3,), t))
         x = scheduler.step(output, t, x).prev_sample
 
     def draws() -> Iterator[Tensor]:
@@ -153,9 +184,26 @@ def test_ancestral_chain_is_the_same(
         for t in range(999, 0, -1):
             yield golden.chain_noise(t)
 
-    process = Process(make_betas("linear", 1000), variance)
-    *_, last = DDPMSampler()(golden.net, process, draws().__next__)
+    process = Process(betas, variance, prediction=prediction)
+    *_, last = DDPMSampler()(net, process, draws().__next__)
     torch.testing.assert_close(last.x_prev, x, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", get_args(Schedule))
+def test_rescaled_betas_are_the_same(schedule: Schedule) -> None:
+    betas = make_betas(schedule, 1000)
+    theirs = rescale_zero_terminal_snr(betas.clone())
+    torch.testing.assert_close(rescale_to_zero_snr(betas), theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_v_is_the_same(golden: Golden) -> None:
+    process, t = Process(make_betas("linear", 1000), prediction="v"), golden["t"].long()
+    scheduler = DDPMScheduler(trained_betas=process.betas.numpy())
+    scheduler.alphas_cumprod = process.alphas_cumprod
+    theirs = scheduler.get_velocity(golden["x_0"], golden["noise"], t)
+    torch.testing.assert_close(
+        process.v(golden["x_0"], t, golden["noise"]), theirs, rtol=1e-9, atol=1e-12
+    )
 
 
 def test_ddim_chain_is_the_same(golden: Golden) -> None:

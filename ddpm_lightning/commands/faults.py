@@ -1,0 +1,94 @@
+"""What goes wrong while training, told in one line: memory, disks."""
+
+import shlex
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from lightning.pytorch import Trainer
+from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
+
+from ddpm_lightning.commands.shell import DISK_ERRORS
+from ddpm_lightning.data.datamodule import ImageDataModule
+from ddpm_lightning.errors import InputError
+from ddpm_lightning.runs import Run
+
+# What allocators say that raise no error of their own kind.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
+
+
+class Job(Protocol):
+    """What is known of a command when something goes wrong in it."""
+
+    run: Run | None
+    trainer: Trainer
+    datamodule: ImageDataModule
+
+
+@contextmanager
+def told_in_one_line(job: Job) -> Iterator[None]:
+    """Make of what the machine refuses an `InputError` that says where and what helps."""
+    hook = threading.excepthook
+    threading.excepthook = _without_tensorboards
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(_told_of_memory(job, error)) from error
+    except OSError as error:
+        if job.run is None or error.errno not in DISK_ERRORS:
+            raise
+        raise InputError(_told_of_disk(job.run, error)) from error
+    finally:
+        threading.excepthook = hook
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that there is no memory left, of a device or of the host."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def go_on_command(root: Path) -> str:
+    """Give the command that goes on with this process's run, as the shell takes it."""
+    arguments = []
+    words = iter(sys.argv[1:])
+    for word in words:
+        if word in ("--run_dir", "--ckpt_path"):
+            next(words, None)
+        elif not word.startswith(("--run_dir=", "--ckpt_path=")):
+            arguments.append(word)
+    arguments += ["--ckpt_path", "last", "--run_dir", str(root)]
+    return shlex.join(["python", "-m", "ddpm_lightning", *arguments])
+
+
+def _told_of_memory(job: Job, error: BaseException) -> str:
+    trainer, data = job.trainer, job.datamodule
+    accumulate = trainer.accumulate_grad_batches
+    each = data.batch_size // (trainer.world_size * accumulate)
+    return (
+        f"out of memory at step {trainer.global_step} with --data.batch_size {data.batch_size} "
+        f"({each} images at a time on each of {trainer.world_size} x "
+        f"{trainer.strategy.root_device.type}): give --trainer.accumulate_grad_batches "
+        f"{2 * accumulate} or more --trainer.devices (the same result), a smaller "
+        f"--data.batch_size, or --trainer.precision bf16-mixed ({str(error)[:200]})"
+    )
+
+
+def _told_of_disk(run: Run, error: OSError) -> str:
+    where = error.filename or run.root  # TensorBoard's writer does not say which file
+    newest = run.newest_checkpoint()
+    kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint has been written"
+    return f"{where}: {error.strerror}; {kept}"
+
+
+def _without_tensorboards(arguments: threading.ExceptHookArgs) -> None:
+    """Say nothing of TensorBoard's thread: the main one raises the same when it writes next."""
+    if not isinstance(arguments.thread, event_file_writer._AsyncWriterThread):
+        threading.__excepthook__(arguments)
