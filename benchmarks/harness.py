@@ -1,4 +1,4 @@
-"""Take two things' times in turn, and keep the ratios: one machine's times say nothing elsewhere."""
+"""Take two things' times in turn, and keep ratios: one machine's times say nothing elsewhere."""
 
 import json
 import platform
@@ -112,7 +112,7 @@ def text_of(row: Row) -> str:
 
 
 def keep(rows: Sequence[Row]) -> None:
-    """Write rows to results.json, in the place of older ones of the same names, and draw the page."""
+    """Write rows to results.json, in the place of older ones of the same names."""
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     names = {row.name for row in rows}
     machine = {

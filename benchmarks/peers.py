@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision import transforms
+from torchvision import transforms  # type: ignore[import-untyped]
 
 from ddpm_lightning import UNet
 
@@ -98,7 +98,7 @@ class DiffusersStep:
         t = torch.randint(0, 1000, (len(x_0),)).long()
         x_t = self._scheduler.add_noise(x_0, noise, t)
         loss = F.mse_loss(self._net(x_t, t).sample.float(), noise.float())
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._net.parameters(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()

@@ -2,6 +2,8 @@
 
 import argparse
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 from benchmarks.harness import Row, alternate, keep, make_row, rates, text_of
 from benchmarks.peers import DiffusersStep, diffusers_unet
 from ddpm_lightning import DDPM, UNet
+from ddpm_lightning.commands.allocator import keep_freed_memory
 from ddpm_lightning.data.datamodule import ImageDataModule
 
 NUM_IMAGES = 512
@@ -37,9 +40,7 @@ class OurStep:
         folder: For the images and their cache.
     """
 
-    def __init__(
-        self, net: UNet, pixels: NDArray[np.uint8], batch_size: int, folder: Path
-    ) -> None:
+    def __init__(self, net: UNet, pixels: NDArray[np.uint8], batch_size: int, folder: Path) -> None:
         source = folder / "images"
         source.mkdir(parents=True)
         for index, image in enumerate(pixels):
@@ -57,7 +58,7 @@ class OurStep:
     def __call__(self) -> None:
         """Take it."""
         losses, _ = self._model.losses(next(self._batches), seed=0)
-        losses.mean().backward()
+        losses.mean().backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -65,22 +66,49 @@ class OurStep:
         torch._foreach_lerp_(self._average, parameters, 1e-4)
 
 
-def training_row(
-    name: str, what: str, arguments: tuple[object, ...], batch_size: int, size: int,
-    steps: int, runs: int, target: float,
-) -> Row:
-    """Compare images a second."""
+STEPS: list[OurStep | DiffusersStep] = []
+"""The one that this process takes, where it is a process of one side."""
+
+
+def prepare(is_ours: bool, arguments: tuple[object, ...], batch_size: int, size: int) -> None:
+    """Make this process one side; each has its own, for `fit` changes how memory is freed."""
     net = UNet(*arguments)  # type: ignore[arg-type]
     pixels = make_pixels(size, net.in_channels)
-    with tempfile.TemporaryDirectory() as folder:
-        ours = OurStep(net, pixels, batch_size, Path(folder))
-        peer = DiffusersStep(diffusers_unet(net), pixels, batch_size)
+    if is_ours:
+        keep_freed_memory()
+        with tempfile.TemporaryDirectory() as folder:
+            STEPS.append(OurStep(net, pixels, batch_size, Path(folder)))
+    else:
+        STEPS.append(DiffusersStep(diffusers_unet(net), pixels, batch_size))
 
-        def several(step: OurStep | DiffusersStep) -> None:
-            for _ in range(steps):
-                step()
 
-        rounds = alternate(lambda: several(ours), lambda: several(peer), runs)
+def take(num_steps: int) -> None:
+    """Take steps, in a process that has been prepared."""
+    for _ in range(num_steps):
+        STEPS[0]()
+
+
+def training_row(
+    name: str,
+    what: str,
+    arguments: tuple[object, ...],
+    batch_size: int,
+    size: int,
+    steps: int,
+    runs: int,
+    target: float,
+) -> Row:
+    """Compare images a second."""
+    spawn = get_context("spawn")
+    with (
+        ProcessPoolExecutor(1, spawn, prepare, (True, arguments, batch_size, size)) as ours,
+        ProcessPoolExecutor(1, spawn, prepare, (False, arguments, batch_size, size)) as peer,
+    ):
+        rounds = alternate(
+            lambda: ours.submit(take, steps).result(),
+            lambda: peer.submit(take, steps).result(),
+            runs,
+        )
     rows = rates(rounds, steps * batch_size)
     return make_row(name, what, "images/s", rows, "at least", target)
 
