@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Several processes of one thread each: threads of several processes would wait for each other.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help fit test test-slow lint types format clean
+.PHONY: help fit ablation test test-slow lint types format docs-fashion clean
 
 help:  ## these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -13,6 +13,9 @@ help:  ## these targets
 fit: $(VENV)/installed  ## install, and train the default experiment (handwritten digits)
 	@# one device: images of 8x8 gain nothing from more, and not every number divides the batch
 	@$(BIN)/python -m ddpm_lightning fit --trainer.devices 1
+
+ablation: $(VENV)/installed  ## the paper's Table 2 on digits: six trainings, within an hour on two cores
+	@$(BIN)/python -m experiments.ablation
 
 test: $(VENV)/installed-test  ## the tests, without a network, in under 10 minutes on two cores
 	$(PYTEST) -n auto -m "not slow"
@@ -30,6 +33,12 @@ types: $(VENV)/installed-test  ## mypy --strict
 format: $(VENV)/installed-test  ## put the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs-fashion: $(VENV)/installed  ## the pictures of docs/fashion.md, from the run in runs/fashion
+	@test -f runs/fashion/checkpoints/last.ckpt || { echo "error: no runs/fashion; docs/fashion.md says how to train it" >&2; exit 1; }
+	rm -f docs/fashion_*
+	@# the page's commands: what stands between ```sh and ```
+	sed -n '/^```sh$$/,/^```$$/{/^```/!p}' docs/fashion.md | PATH="$(BIN):$$PATH" sh -ex
 
 clean:  ## remove the environment; runs/ stays
 	rm -rf $(VENV) build *.egg-info

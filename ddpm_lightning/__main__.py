@@ -12,7 +12,7 @@ from ddpm_lightning import __version__
 COMMANDS = {
     "fit": ("ddpm_lightning.cli:main", "train; with no option at all, on handwritten digits"),
     "validate": ("ddpm_lightning.cli:main", "validation loss of a checkpoint"),
-    "test": ("ddpm_lightning.cli:main", "the same on the test split"),
+    "test": ("ddpm_lightning.cli:main", "the same on the test split, and bits/dim"),
     "combinations": (
         "ddpm_lightning.commands.combinations:main",
         "which predictions, losses, weightings and variances go together",
@@ -22,7 +22,29 @@ COMMANDS = {
         "ddpm_lightning.commands.reconstruct:main",
         "turn images into noise and back, with DDIM",
     ),
+    "likelihood": (
+        "ddpm_lightning.commands.likelihood:main",
+        "bits/dim of images, and how rate and distortion go with t",
+    ),
     "fid": ("ddpm_lightning.commands.fid:main", "judge checkpoints or images: FID, KID, IS, P&R"),
+    "progressive": (
+        "ddpm_lightning.commands.progressive:main",
+        "draw how samples come about: x_0 as predicted along the chain",
+    ),
+    "shared-latents": (
+        "ddpm_lightning.commands.shared_latents:main",
+        "draw samples that share an x_t",
+    ),
+    "interpolate": (
+        "ddpm_lightning.commands.interpolate:main",
+        "draw interpolations between two images",
+    ),
+    "neighbours": (
+        "ddpm_lightning.commands.neighbours:main",
+        "draw samples beside the nearest training images",
+    ),
+    "compress": ("ddpm_lightning.commands.compress:main", "an image to few bits with a checkpoint"),
+    "decompress": ("ddpm_lightning.commands.decompress:main", "and back, or any beginning of them"),
 }
 
 HELP = """usage: python -m ddpm_lightning COMMAND [OPTIONS]

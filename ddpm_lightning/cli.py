@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import Trainer
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ddpm_lightning.callbacks import (
@@ -15,19 +16,22 @@ from ddpm_lightning.callbacks import (
     AtomicCheckpointIO,
     Checkpoints,
     Curves,
+    Likelihood,
     Nonfinite,
     Progress,
     Samples,
     Signals,
+    Together,
 )
 from ddpm_lightning.callbacks.run_logger import RunLogger
 from ddpm_lightning.callbacks.shared import find_callback
 from ddpm_lightning.checkpoints import check_same_model, load_checkpoint
 from ddpm_lightning.commands.allocator import keep_freed_memory
+from ddpm_lightning.commands.clusters import cluster_plugins
 from ddpm_lightning.commands.faults import go_on_command, told_in_one_line
 from ddpm_lightning.commands.options import LineErrors
 from ddpm_lightning.commands.shell import announce, refusals_of, run_command
-from ddpm_lightning.commands.trainer_checks import check_strategy, check_trainer
+from ddpm_lightning.commands.trainer_checks import check_strategy, check_trainer, check_whole
 from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.data.order import check_batch_size
 from ddpm_lightning.diffusion.process import LEARNED_VARIANCES
@@ -126,6 +130,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(FID, "fid")
+        parser.add_lightning_class_args(Likelihood, "likelihood")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.set_defaults({"model.net": {"class_path": "ddpm_lightning.networks.UNet"}})
         for part in ("model", "data"):
@@ -147,6 +152,7 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle the run's folder and say where it is, before anything else."""
         config = self.config[self.subcommand]
+        check_whole(config.trainer.strategy, config.model.optimizer.class_path)
         check_trainer(config.trainer)
         _widen_output(config.model)
         config.experiment = config.experiment or _experiment_name(config.config)
@@ -168,14 +174,17 @@ class CLI(LightningCLI):
         """Make the Trainer with this project's callbacks, its run folder as root."""
         options = self.config_init[self.subcommand]
         config = options.trainer
-        callbacks = [Nonfinite(options.on_nonfinite), Curves()]
+        callbacks: list[Callback] = [Together(), Nonfinite(options.on_nonfinite), Curves()]
         if self.subcommand == "fit":  # on all ranks, of which the first alone knows a new folder
             root = self.run.root if self.run is not None else Path()
             callbacks.insert(0, Signals(go_on_command(root)))
         if config.enable_progress_bar is not False:
             callbacks.append(Progress())
         config.callbacks = [*callbacks, *_listed(config.callbacks)]
-        config.plugins = [*_listed(config.plugins), AtomicCheckpointIO()]
+        plugins = _listed(config.plugins)
+        if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+            plugins = [*plugins, *cluster_plugins()]
+        config.plugins = [*plugins, AtomicCheckpointIO()]
         if self.run is not None:
             config.default_root_dir = str(self.run.root)
         if config.logger is None or config.logger is True:

@@ -28,6 +28,11 @@ def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return images.to(dtype) / 127.5 - 1
 
 
+def rms_levels(mse: Tensor) -> Tensor:
+    """Give the root of a mean squared error of x in grey levels, of which x in [-1, 1] has 255."""
+    return 127.5 * mse.sqrt()
+
+
 def to_uint8(x: Tensor) -> Tensor:
     """Map x in [-1, 1] to uint8 images: clamp, then round to the nearest level.
 
@@ -76,7 +81,7 @@ def make_grid(images: Tensor, num_columns: int | None = None, min_width: int = 5
     columns = min(num_columns or math.ceil(math.sqrt(num_images)), num_images)
     rows = math.ceil(num_images / columns)
     scale = min(8, max(1, round(min_width / (columns * width))))
-    images = images.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    images = enlarge(images, scale)
     height, width = height * scale, width * scale
     gap = max(2, scale // 2)
     grid = images.new_full(
@@ -87,6 +92,17 @@ def make_grid(images: Tensor, num_columns: int | None = None, min_width: int = 5
         left = gap + index % columns * (width + gap)
         grid[:, top : top + height, left : left + width] = image
     return grid
+
+
+def enlarge(images: Tensor, scale: int) -> Tensor:
+    """Make each pixel a square of scale x scale: [..., H, W] to [..., H * scale, W * scale]."""
+    return images.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+
+
+def centre_crop(images: Tensor, size: int) -> Tensor:
+    """Cut the square of size x size at the centre out of [..., H, W]; neither is smaller."""
+    top, left = ((length - size) // 2 for length in images.shape[-2:])
+    return images[..., top : top + size, left : left + size]
 
 
 def to_pil(image: Tensor) -> Image.Image:

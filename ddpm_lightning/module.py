@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,6 +18,7 @@ from ddpm_lightning import checkpoints
 from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.data.datamodule import Batch
 from ddpm_lightning.diffusion.combinations import Loss, Weighting
+from ddpm_lightning.diffusion.likelihood import Bound, bound_terms
 from ddpm_lightning.diffusion.objectives import Objective
 from ddpm_lightning.diffusion.process import Prediction, Process, Variance
 from ddpm_lightning.diffusion.schedules import Schedule, make_betas, rescale_to_zero_snr
@@ -29,7 +32,7 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import to_float, to_uint8
 from ddpm_lightning.nonfinite import BadSteps, OnNonfinite, leave_out
 from ddpm_lightning.randomness import NUM_SEEDS, NoiseStreams, Stream, hash_indices, to_device
-from ddpm_lightning.samplers import Sampler, SamplerName, Step, make_sampler
+from ddpm_lightning.samplers import Draw, Sampler, SamplerName, Start, Step, make_sampler
 
 VALIDATION_SEED = 20200619
 """Keys validation's t and noise: the same in every run, so that curves can be compared."""
@@ -216,6 +219,7 @@ class DDPM(LightningModule):
         sampler: Sampler,
         batch_size: int,
         after_step: Callable[[], object] | None = None,
+        start: Start | None = None,
     ) -> Iterator[Tensor]:
         """Yield images batch by batch, uint8 [<= batch_size, C, H, W] on the module's device.
 
@@ -224,42 +228,61 @@ class DDPM(LightningModule):
             sampler: The sampler.
             batch_size: Images at a time.
             after_step: Called after each step of a chain; what it raises ends the work.
+            start: Where in the middle of the chain to start, one x_t per seed (see `denoise`).
 
         Raises:
             InputError: A sample is not finite.
         """
-        for start in range(0, len(seeds), batch_size):
+        for first in range(0, len(seeds), batch_size):
+            part = slice(first, first + batch_size)
+            start_of = None if start is None else Start(start.x_t[part], start.t)
             step = None
             # not `*_, last`: that keeps all the steps, a thousand batches of images
-            for step in self.denoise(seeds[start : start + batch_size], sampler):  # noqa: B007
+            for step in self.denoise(seeds[part], sampler, start_of):  # noqa: B007
                 if after_step is not None:
                     after_step()
             assert step is not None
             yield finished_images(step)
 
     @torch.no_grad()
-    def denoise(self, seeds: Sequence[int], sampler: Sampler) -> Iterator[Step]:
+    def denoise(
+        self, seeds: Sequence[int], sampler: Sampler, start: Start | None = None
+    ) -> Iterator[Step]:
         """Run one batch of seeds through the reverse process, yielding every step of the chain.
 
         The network is in eval mode meanwhile. No global random state is read or changed.
+
+        Args:
+            seeds: One per image.
+            sampler: The sampler.
+            start: Where in the middle of the chain to start: the seeds give the noise of the steps
+                that are left. None starts from x_T, which is then the seeds' first draw.
         """
         if self.image_shape is None:
             raise InputError("image_shape is not known yet: give it to DDPM, or fit first")
         if not all(0 <= seed < NUM_SEEDS for seed in seeds):
             raise InputError(f"seeds must lie in 0..{NUM_SEEDS - 1}")
-        # On the CPU, so that a seed means the same picture on any kind of device.
-        streams = NoiseStreams(seeds, torch.device("cpu"), self.device.type == "cuda")
-        shape = self.image_shape
+        draw, process = self._draws(seeds, self.image_shape), self.process
+        if start is not None:
+            sampler, process = sampler.below(process, start.t)
+            # a sampler's first draw is where its chain starts
+            given, fresh = [start.x_t.to(self.device, self._noising_dtype)], draw
 
-        def draw() -> Tensor:
-            return to_device(streams.normal(shape), self.device).to(self._noising_dtype)
+            def draw() -> Tensor:
+                return given.pop() if given else fresh()
 
         was_training = self.net.training
         self.net.eval()
         try:
-            yield from sampler(self, self.process, draw)
+            yield from sampler(self, process, draw)
         finally:
             self.net.train(was_training)
+
+    def _draws(self, seeds: Sequence[int] | NDArray[np.uint64], shape: Sequence[int]) -> Draw:
+        """Make the function whose k-th call gives the k-th draw of each seed."""
+        # On the CPU, so that a seed means the same picture on any kind of device.
+        streams = NoiseStreams(seeds, torch.device("cpu"), self.device.type == "cuda")
+        return lambda: to_device(streams.normal(shape), self.device).to(self._noising_dtype)
 
     # --- images to loss ------------------------------------------------------------------------
 
@@ -294,6 +317,29 @@ class DDPM(LightningModule):
         noise_seeds = hash_indices(seed, Stream.NOISE, batch.positions)
         noise = NoiseStreams(noise_seeds, self.device).normal(x_0.shape[1:]).to(x_0.dtype)
         return self._objective(self, x_0, t, noise), t
+
+    def bound(
+        self,
+        batch: Batch,
+        process: Process | None = None,
+        seed: int = VALIDATION_SEED,
+        after_step: Callable[[], object] | None = None,
+    ) -> Bound:
+        """Take all terms of the variational bound of each image; no random state is touched.
+
+        Args:
+            batch: Images uint8 [N, C, H, W]. The noise of each is a function of (seed, position)
+                and the place of t in the process, not of the other images.
+            process: This module's, respaced; all its timesteps when None.
+            seed: The noise's other key.
+            after_step: Called after each t.
+
+        Returns:
+            The bound's parts in bits/dim, in the mode in which the network is.
+        """
+        x_0 = to_float(batch.images.to(self.device), self._noising_dtype)
+        draw = self._draws(hash_indices(seed, Stream.NOISE, batch.positions), x_0.shape[1:])
+        return bound_terms(self, process or self.process, x_0, draw, after_step=after_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Give the loss, and its parts for the callbacks: `losses`, `t` and `weights`, each [N]."""

@@ -27,6 +27,8 @@ class Stream(IntEnum):
     NOISE = 4
     DROPOUT = 5
     STRATUM = 6
+    CODEC = 16  # compressed files depend on this number
+    DERIVED = 17
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -59,6 +61,18 @@ def hash_uniform(seed: int, stream: Stream, indices: NDArray[np.int64]) -> NDArr
     """Uniform float64 [N] in [0, 1), one per index (see `hash_indices`)."""
     bits = hash_indices(seed, stream, indices) >> np.uint64(11)  # as many as a float64 holds
     return bits.astype(np.float64) * 2.0**-53
+
+
+def derive_seed(seed: int, *keys: int) -> int:
+    """Derive another seed in [0, NUM_SEEDS), as independent of `seed` as a plain one is.
+
+    Args:
+        seed: In [0, NUM_SEEDS).
+        keys: Non-negative; tell apart what is derived from one seed.
+    """
+    for key in keys:
+        seed = int(hash_indices(seed, Stream.DERIVED, [key])[0]) % NUM_SEEDS
+    return seed
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -262,6 +262,8 @@ def test_tensorboard_has_every_curve_at_its_step(pictures: Path, tmp_path: Path)
     for name in ("mean", "std"):
         for source in ("samples", "data"):
             expected[f"channel_0/{name}_{source}"] = [2, 4, 5]
+    for name in ("distance_samples", "distance_val", "ratio"):
+        expected[f"neighbours/{name}"] = [2, 4, 5]
     written = events(tmp_path)
     assert set(written.Tags()["scalars"]) == set(expected)
     for tag, steps in expected.items():
@@ -269,7 +271,8 @@ def test_tensorboard_has_every_curve_at_its_step(pictures: Path, tmp_path: Path)
     pictures_of = {
         tag: [image.step for image in written.Images(tag)] for tag in written.Tags()["images"]
     }
-    assert pictures_of == {f"samples/{name}": [2, 4, 5] for name in ("raw", "ema", "denoising")}
+    drawn = ("samples/raw", "samples/ema", "samples/denoising", "neighbours")
+    assert pictures_of == {name: [2, 4, 5] for name in drawn}
     data = make_data(pictures).channel_statistics
     assert scalars(tmp_path, "channel_0/mean_data")[5] == pytest.approx(float(data[0]))
     assert scalars(tmp_path, "channel_0/std_data")[5] == pytest.approx(float(data[1]))
@@ -296,7 +299,7 @@ def test_no_interval_draws_nothing(pictures: Path, tmp_path: Path) -> None:
 
 
 def test_impossible_samples_are_refused(pictures: Path, tmp_path: Path) -> None:
-    wrong: list[dict[str, Any]] = [{"every_n_steps": -1}, {"num_images": 0}]
+    wrong: list[dict[str, Any]] = [{"every_n_steps": -1}, {"num_images": 0}, {"num_train": -1}]
     for options in wrong:
         with pytest.raises(InputError, match="samples"):
             Samples(**options)

@@ -86,7 +86,8 @@ print(*sorted(set(ddpm_lightning.__all__) - set(globals())))
     assert ran.returncode == 0, ran.stderr
     out = ran.stdout
     assert out.startswith("usage: python -m ddpm_lightning COMMAND [OPTIONS]\n")
-    for command in ("fit", "validate", "test", "sample"):
+    pictures = ("progressive", "shared-latents", "interpolate", "neighbours")
+    for command in ("fit", "validate", "test", "sample", "fid", *pictures):
         assert f"\n  {command} " in out
     assert "\n0\nddpm_lightning " in out
     assert out.endswith("\n0\n2\nmodule 'ddpm_lightning' has no attribute 'UNett'\n__version__\n")
@@ -254,7 +255,7 @@ def test_validate_and_test_print_losses_and_write_nothing(here: Path, trained: P
     file = run_well(here, "validate", *config, run / "checkpoints/last.ckpt")
     last = run_well(here, "validate", *config, "last")
     where = run_well(here, "validate", *config, "last", "--run_dir", run)
-    tested = run_well(here, "test", *config, "last")
+    tested = run_well(here, "test", *config, "last", "--likelihood.num_images", 0)
     assert tree(here) == before
     assert file.out == last.out == where.out
     losses = dict(line.split(": ") for line in last.out.splitlines())
@@ -397,12 +398,29 @@ def test_auto_begins_again_only_in_a_runs_folder(here: Path) -> None:
     run_well(here, "fit", *line)
 
 
-def test_sharding_is_refused(here: Path) -> None:
-    strategy = "lightning.pytorch.strategies.ModelParallelStrategy"
-    result = run_here(here, "fit", *TWO_STEPS, *QUIET, "--trainer.strategy", strategy)
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--trainer.strategy fsdp",
+        "--trainer.strategy deepspeed_stage_2",
+        "--trainer.strategy model_parallel",
+        "--trainer.strategy lightning.pytorch.strategies.FSDPStrategy",
+        "--trainer.strategy lightning.pytorch.strategies.DeepSpeedStrategy",
+        "--trainer.strategy lightning.pytorch.strategies.ModelParallelStrategy",
+        "--model.optimizer torch.distributed.optim.ZeroRedundancyOptimizer",
+    ],
+)
+def test_sharding_is_refused(here: Path, option: str) -> None:
+    """By name, before anything else is asked for that would not help."""
+    line = option.split()
+    if "optimizer" in option:  # the parser itself asks for this one
+        line += ["--model.optimizer.optimizer_class", "torch.optim.Adam"]
+    result = run_here(here, "fit", *TWO_STEPS, *QUIET, *line)
     assert result.status == 2
     assert result.err.count("\n") == 1
-    assert "use ddp" in result.err or "--trainer" in result.err
+    assert f"{option}: not supported" in result.err
+    assert "use ddp" in result.err or "use torch.optim.Adam" in result.err
+    assert not (here / "runs").exists()
 
 
 def test_a_single_callback_is_taken(here: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from io import BytesIO
 from pathlib import Path
 from typing import Any, get_args
 from urllib.error import URLError
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from numpy.typing import NDArray
+from PIL import Image
 
 from ddpm_lightning import DDPM
 from ddpm_lightning.callbacks import EMA, FID, Checkpoints, Curves
@@ -22,6 +25,7 @@ from tests.extractors import Small
 from tests.training import (
     assert_same,
     assert_same_training,
+    events,
     load,
     make_data,
     make_trainer,
@@ -236,14 +240,16 @@ def test_what_cannot_be_judged_stops_before_training(
 
 
 def test_two_processes_judge_as_one(pictures: Path, tmp_path: Path) -> None:
-    """Uneven shares of the same weights: a rate of 0 leaves out training's own rounding."""
+    """And draw as one. Uneven shares of the same weights: a rate of 0 leaves out training's own
+    rounding."""
     (tmp_path / "tiny.yaml").write_text(TINY.format(source=pictures))
     line = (
-        "fit --config tiny.yaml --trainer.max_steps 2 --samples.every_n_steps 0 "
-        "--fid.every_n_steps 2 --fid.num_images 7 --fid.num_steps 2 --fid.metrics [fd,kid] "
-        "--fid.batch_size 2 --model.optimizer torch.optim.SGD --model.optimizer.lr 0"
+        "fit --config tiny.yaml --trainer.max_steps 2 --samples.every_n_steps 2 "
+        "--samples.num_images 5 --fid.every_n_steps 2 --fid.num_images 7 --fid.num_steps 2 "
+        "--fid.metrics [fd,kid] --fid.batch_size 2 "
+        "--model.optimizer torch.optim.SGD --model.optimizer.lr 0"
     )
-    values = []
+    values, pictures_of = [], []
     for devices in (1, 2):
         more = f"--trainer.devices {devices} --trainer.strategy {'ddp' if devices > 1 else 'auto'}"
         result = run_process(tmp_path, *line.split(), *more.split(), "--run_dir", str(devices))
@@ -251,9 +257,24 @@ def test_two_processes_judge_as_one(pictures: Path, tmp_path: Path) -> None:
         record = json.loads((tmp_path / str(devices) / "fid/step=2-ema.json").read_text())
         assert record["subject"]["world_size"] == devices
         values.append(record["metrics"])
+        pictures_of.append(pictures_in(tmp_path / str(devices)))
     one, two = values
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert math.isfinite(value)
         if name != "kd_efficientnet-lite0_std":  # of subsets of all images: rounding
             assert two[name] == pytest.approx(value, rel=1e-6), name
+    for tag, picture in pictures_of[0].items():
+        difference = np.abs(picture - pictures_of[1][tag])
+        assert difference.max() <= 1, tag
+        assert (difference > 0).mean() <= 1e-3, tag
+
+
+def pictures_in(run: Path) -> dict[str, NDArray[np.int64]]:
+    """Those drawn in a run of two steps: on disk, and in TensorBoard."""
+    found = {"png": np.asarray(Image.open(run / "samples" / "step=2.png"), dtype=np.int64)}
+    for tag in ("samples/raw", "samples/ema", "samples/denoising"):
+        (event,) = events(run).Images(tag)
+        decoded = Image.open(BytesIO(event.encoded_image_string))
+        found[tag] = np.asarray(decoded, dtype=np.int64)
+    return found

@@ -14,9 +14,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A part imports only from parts in lines above its own.
 ORDER = [
     ("errors",),
-    ("randomness", "images", "runs"),
+    ("randomness", "images", "runs", "peers"),
+    ("labelled_grid",),
     ("networks", "diffusion", "data", "checkpoints"),
-    ("samplers", "nonfinite"),
+    ("samplers", "nonfinite", "coding"),
     ("module",),
     ("metrics", "interop"),
     ("callbacks",),

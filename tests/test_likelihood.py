@@ -8,9 +8,12 @@ from torch import Tensor
 
 from ddpm_lightning.diffusion.clipping import Clip
 from ddpm_lightning.diffusion.likelihood import (
+    Bound,
+    bound_terms,
     discretised_log_likelihood,
     normal_kl,
     prior_bits_per_dim,
+    rate_distortion,
     vlb_term,
 )
 from ddpm_lightning.diffusion.process import Prediction, Process, Variance
@@ -65,28 +68,32 @@ def test_terms_are_the_reference(
 
 
 @pytest.mark.parametrize("variance", GOLDEN_VARIANCES)
-def test_all_terms_are_the_reference(golden: Golden, variance: Variance) -> None:
-    """The whole bound, each t with noise of its own; the reference has the last t first."""
-    p, net = process(variance=variance), golden.net_for(variance)
-    key = f"bits/{variance}"
-    bounds = []
-    for image in range(3):
-        t = torch.arange(999, -1, -1)
-        x_0 = golden["x_0"][image].expand(1000, -1, -1, -1)
-        noise = torch.stack([golden.chain_noise(index)[image] for index in t.tolist()])
-        x_t = p.q_sample(x_0, t, noise)
-        output = net(x_t, t)
-        found = vlb_term(p, output, x_0, x_t, t, clip="static")
-        assert_golden(found, golden[f"{key}/vb"][image])
-        pred_x_0 = p.p_mean_variance(output, x_t, t).pred_x_0
-        mse = (pred_x_0 - x_0).square().flatten(1).mean(dim=1)
-        assert_golden(mse, golden[f"{key}/xstart_mse"][image])
-        noise_mse = (p.pred_noise(pred_x_0, x_t, t) - noise).square().flatten(1).mean(dim=1)
-        assert_golden(noise_mse, golden[f"{key}/mse"][image])
-        bounds.append(found.sum())
-    prior = prior_bits_per_dim(p, golden["x_0"])
-    assert_golden(prior, golden[f"{key}/prior_bpd"])
-    assert_golden(torch.stack(bounds) + prior, golden[f"{key}/total_bpd"])
+def test_the_whole_bound_is_the_reference(golden: Golden, variance: Variance) -> None:
+    """All terms, each t with noise of its own; the reference has the last t first."""
+    p, key = process(variance=variance), f"bits/{variance}"
+    noises = (golden.chain_noise(index) for index in range(999, -1, -1))
+    bound = bound_terms(golden.net_for(variance), p, golden["x_0"], lambda: next(noises))
+    assert next(noises, None) is None
+    assert_golden(bound.terms.flip(1), golden[f"{key}/vb"])
+    assert_golden(bound.x_0_mse.flip(1), golden[f"{key}/xstart_mse"])
+    assert_golden(bound.noise_mse.flip(1), golden[f"{key}/mse"])
+    assert_golden(bound.prior, golden[f"{key}/prior_bpd"])
+    assert_golden(bound.total, golden[f"{key}/total_bpd"])
+    assert_golden(bound.total, bound.prior + bound.terms.sum(dim=1), rtol=1e-14)
+
+
+def test_rate_and_distortion(golden: Golden) -> None:
+    """Eq. 5 summed from the last t down to each index, and 127.5 levels in 1 of x."""
+    terms, mse = golden["bits/fixed_large/vb"], golden["bits/fixed_large/xstart_mse"]
+    prior = golden["bits/fixed_large/prior_bpd"]
+    bound = Bound(prior, terms.flip(1), mse.flip(1), torch.zeros_like(mse))
+    rate, rmse = rate_distortion(bound)
+    for index in (999, 998, 500, 1, 0):
+        known = (prior + terms[:, : 999 - index].sum(dim=1)).mean()
+        assert rate[index].item() == pytest.approx(known.item(), rel=1e-12)
+        levels = 127.5 * math.sqrt(mse[:, 999 - index].mean().item())
+        assert rmse[index].item() == pytest.approx(levels, rel=1e-12)
+    assert rate[0].item() == pytest.approx((bound.total - bound.terms[:, 0]).mean().item())
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

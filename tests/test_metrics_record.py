@@ -16,6 +16,7 @@ from ddpm_lightning.metrics import selftest
 from ddpm_lightning.metrics.record import (
     Record,
     describe_sampler,
+    make_protocol,
     make_record,
     protocol_differences,
     read_record,
@@ -39,6 +40,7 @@ def record_of(num_images: int = 50, **protocol: Any) -> Record:
         "image_shape": [1, 8, 8],
     }
     protocol = {"reference": reference, **small().protocol, **protocol}
+    protocol = make_protocol(num_images, protocol)
     return make_record(
         {"fd_Small": 1 / 3}, num_images, protocol, {"step": 3}, 1.23456, CPU, ["few"]
     )

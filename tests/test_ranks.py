@@ -1,9 +1,6 @@
 """Weights, curves and samples do not depend on the number of processes that make them."""
 
-import os
-import signal
-import subprocess
-import sys
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.training import BufferedUNet, fit_here, flat_state, load, scalars
+from tests.children import Seen, seen
+from tests.processes import NETWORK, TORCHRUN, TRAINER, Job, two_nodes
+from tests.training import BufferedUNet, assert_same, fit_here, flat_state, load, scalars
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
-
-ROOT = Path(__file__).parent.parent
 
 # Seven images to validate make one batch of 16: with two ranks or more, some have none at all.
 # Not 32 base channels: with one channel in a group, the group norms cancel the biases before them.
@@ -26,6 +23,7 @@ OPTIONS = {
     "trainer.log_every_n_steps": 10,
     "trainer.val_check_interval": 10,
     "trainer.enable_progress_bar": "false",
+    "trainer.callbacks": f"{Seen.__module__}.{Seen.__name__}",
     "data.batch_size": 16,
     "data.flip": "true",
     "model.net.base_channels": 64,
@@ -52,29 +50,10 @@ def options(pictures: Path, run: Path, precision: str, **others: Any) -> list[st
     return [text for key, value in values.items() for text in (f"--{key}", str(value))]
 
 
-def launch(folder: Path, pictures: Path, *arguments: str, timeout: float = 240) -> str:
-    """Run a command in processes of its own; past the time limit all of them are killed."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ddpm_lightning", *arguments],
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "DDPM_LIGHTNING_CACHE": str(pictures.parent / "cache"),
-        },
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        output = process.communicate(timeout=timeout)[0]
-    finally:
-        if process.returncode is None:  # hangs: the ranks are in its session
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output
-    return output
+def launch(folder: Path, pictures: Path, *arguments: str) -> str:
+    """Run a command whose processes the Trainer starts."""
+    with Job(folder, pictures, *TRAINER, *arguments) as job:
+        return job.succeed()
 
 
 def assert_equal_runs(ours: Path, theirs: Path, tolerance: float) -> None:
@@ -88,9 +67,13 @@ def assert_equal_runs(ours: Path, theirs: Path, tolerance: float) -> None:
         curve = scalars(ours, tag)
         assert list(curve) == [10, 20], tag
         assert curve == pytest.approx(scalars(theirs, tag), rel=max(1e-5, tolerance)), tag
+    assert scalars(ours, "train/lr") == scalars(theirs, "train/lr")
     assert scalars(ours, "train/images_per_second")[20] > 0
     best = [load(run / "checkpoints" / "best.ckpt")["global_step"] for run in (ours, theirs)]
     assert best[0] == best[1]
+    ours_seen, theirs_seen = seen(ours), seen(theirs)
+    assert ours_seen["positions"].tolist() == list(range(20 * 16))
+    assert_same(ours_seen, theirs_seen)  # images, flips, timesteps and noise, bit for bit
 
 
 def assert_written_once(run: Path, output: str) -> None:
@@ -133,9 +116,31 @@ def test_training_does_not_depend_on_ranks_or_accumulation(
     assert_written_once(ranks, output)
 
 
+@pytest.mark.parametrize("network", [NETWORK])
+def test_two_nodes_train_as_one(
+    network: str, pictures: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Joined by torchrun; each node has its own view of the network, where that can be had."""
+    monkeypatch.setenv("DDPM_LIGHTNING_CACHE", str(cache))
+    one, nodes = tmp_path / "one", tmp_path / "nodes"
+    fit_here(*options(pictures, one, "32-true"))
+    arguments = options(
+        pictures, nodes, "32-true", num_nodes=2, devices=1, accumulate_grad_batches=2
+    )
+    with two_nodes(tmp_path, pictures, "fit", *arguments) as jobs:
+        outputs = [job.succeed() for job in jobs]
+    assert_equal_runs(nodes, one, 1e-5)
+    assert_written_once(nodes, "".join(outputs))
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_training_does_not_depend_on_four_ranks(
-    pictures: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    accumulate: int,
+    pictures: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DDPM_LIGHTNING_CACHE", str(cache))
     for precision, tolerance in {"32-true": 1e-5, "64-true": 1e-12}.items():
@@ -151,7 +156,7 @@ def test_training_does_not_depend_on_four_ranks(
                 precision,
                 devices=4,
                 strategy="ddp",
-                accumulate_grad_batches=2,
+                accumulate_grad_batches=accumulate,
             ),
         )
         assert_equal_runs(ranks, one, tolerance)
@@ -181,3 +186,72 @@ def test_samples_do_not_depend_on_ranks(
     few = ["sample", checkpoint, "--num_images", "2", "--num_steps", "2", "--accelerator", "cpu"]
     launch(tmp_path, pictures, *few, "--devices", "2", "--out", "few")
     assert (tmp_path / "few" / "grid.png").exists()
+
+
+@pytest.mark.slow
+def test_ranks_with_nothing_to_do(
+    pictures: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three ranks one validates all images, and two draw and judge one each."""
+    monkeypatch.setenv("DDPM_LIGHTNING_CACHE", str(cache))
+    one, three = tmp_path / "one", tmp_path / "three"
+    few: dict[str, Any] = {
+        "data.batch_size": 24,
+        "samples.num_images": 2,
+        "fid.num_images": 2,
+        "fid.num_steps": 2,
+    }
+    few |= {"fid.every_n_steps": 1, "samples.every_n_steps": 1, "trainer.callbacks": "[]"}
+    more = [text for key, value in few.items() for text in (f"--{key}", str(value))]
+    line: dict[str, Any] = {"max_steps": 1, "val_check_interval": 1, "log_every_n_steps": 1}
+    fit_here(*options(pictures, one, "32-true", **line), *more)
+    line |= {"devices": 3, "strategy": "ddp"}
+    launch(tmp_path, pictures, "fit", *options(pictures, three, "32-true", **line), *more)
+    for tag in ("val/loss", "val/loss_ema", "train/loss", "fd_efficientnet-lite0_2/ema"):
+        assert scalars(three, tag) == pytest.approx(scalars(one, tag), rel=1e-5), tag
+    grids = [np.asarray(Image.open(run / "samples" / "step=1.png")) for run in (one, three)]
+    assert np.array_equal(grids[0], grids[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", [NETWORK])
+def test_commands_on_nodes_give_the_same(
+    network: str, pictures: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torchrun on two nodes and on one; by the Trainer on more ranks than images, too."""
+    monkeypatch.setenv("DDPM_LIGHTNING_CACHE", str(cache))
+    fit_here(*options(pictures, tmp_path / "run", "32-true", max_steps=4))
+    checkpoint = "run/checkpoints/step=4.ckpt"
+    on_cpu = ("--accelerator", "cpu", "--num_steps", "5", "--batch_size", "4")
+    judging = ("--extractor", "efficientnet-lite0", "--reference", str(pictures))
+    sample = ("sample", checkpoint, *on_cpu)
+    fid = ("fid", checkpoint, *on_cpu, *judging, "--metrics", "fd,kid")
+    for command in ((*sample, "--num_images", "7"), (*fid, "--num_images", "7")):
+        name = command[0]
+        launch(tmp_path, pictures, *command, "--devices", "1", "--out", f"{name}-one")
+        nodes = ("--num_nodes", "2", "--devices", "1", "--out", f"{name}-nodes")
+        with two_nodes(tmp_path, pictures, *command, *nodes) as jobs:
+            for job in jobs:
+                job.succeed()
+        two = ("--devices", "2", "--out", f"{name}-torchrun")
+        with Job(tmp_path, pictures, *TORCHRUN, *command, *two) as job:
+            job.succeed()
+    images = {path.name: np.asarray(Image.open(path)) for path in tmp_path.glob("sample-one/*.png")}
+    assert len(images) == 8
+    for other in ("nodes", "torchrun"):
+        for name, image in images.items():
+            theirs = np.asarray(Image.open(tmp_path / f"sample-{other}" / name))
+            assert np.array_equal(theirs, image), name
+    values = {out: metrics_of(tmp_path / f"fid-{out}") for out in ("one", "nodes", "torchrun")}
+    assert values["nodes"] == pytest.approx(values["one"], rel=1e-6)
+    assert values["torchrun"] == pytest.approx(values["one"], rel=1e-6)
+    for command in ((*sample, "--num_images", "1"), (*fid, "--num_images", "2")):
+        launch(tmp_path, pictures, *command, "--devices", "3", "--out", f"{command[0]}-few")
+    assert (tmp_path / "sample-few" / "grid.png").exists()
+    assert metrics_of(tmp_path / "fid-few")
+
+
+def metrics_of(folder: Path) -> dict[str, float]:
+    """The distances of the only record in a folder; spreads of subsets are rounding here."""
+    metrics = json.loads((folder / "record.json").read_text())["metrics"]
+    return {name: value for name, value in metrics.items() if not name.endswith("_std")}

@@ -33,7 +33,12 @@ from ddpm_lightning.metrics.judge import (
     metric_names,
     warnings_of,
 )
-from ddpm_lightning.metrics.record import describe_sampler, make_record, write_record
+from ddpm_lightning.metrics.record import (
+    describe_sampler,
+    make_protocol,
+    make_record,
+    write_record,
+)
 from ddpm_lightning.metrics.reference import Reference, reference_of
 from ddpm_lightning.module import DDPM
 from ddpm_lightning.samplers import SamplerName, make_sampler
@@ -212,14 +217,14 @@ class FID(Callback):
         assert self._reference is not None
         start = time.perf_counter()
         collector = Collector(self.extractor, self.metrics)
-        rank, world = trainer.global_rank, trainer.world_size
-        # contiguous shares, so that the ranks' features follow each other in the seeds' order
-        share = range(self.num_images * rank // world, self.num_images * (rank + 1) // world)
+        ranks = TrainerRanks(trainer)
         with suppress(Interrupted):  # until the others know
-            self._collect(trainer, pl_module, collector, share, weights)
+            self._collect(
+                trainer, pl_module, collector, ranks.share(range(self.num_images)), weights
+            )
         if is_stopping(trainer, agree=True):
             raise Interrupted
-        generated = collector.finish(TrainerRanks(trainer))
+        generated = collector.finish(ranks)
         values = evaluate(
             generated, self._reference.features, self.metrics, self.extractor.distance_name
         )
@@ -231,7 +236,7 @@ class FID(Callback):
             record = make_record(
                 values,
                 self.num_images,
-                self._reference.protocol,
+                make_protocol(self.num_images, self._reference.protocol),
                 {
                     "run": trainer.default_root_dir,
                     "step": trainer.global_step,
@@ -242,7 +247,7 @@ class FID(Callback):
                     "nfe": self.sampler.count_evaluations(pl_module.process),
                     "seeds": f"0-{self.num_images - 1}",
                     "batch_size": self.batch_size,
-                    "world_size": world,
+                    "world_size": trainer.world_size,
                 },
                 time.perf_counter() - start,
                 pl_module.device,

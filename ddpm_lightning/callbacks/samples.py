@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ddpm_lightning.callbacks.curves import aside
 from ddpm_lightning.callbacks.ema import EMA
+from ddpm_lightning.callbacks.neighbours import TrainingNeighbours
 from ddpm_lightning.callbacks.shared import (
+    TrainerRanks,
     find_callback,
     log_scalars,
     make_run_folder,
@@ -31,12 +33,13 @@ STRIP_STEPS = 10
 
 
 class Samples(Callback):
-    """Draw a grid from fixed seeds every so many steps and at the end, on rank 0.
+    """Draw a grid from fixed seeds every so many steps and at the end; each rank draws its share.
 
     The grid of the averaged weights (the raw ones', where there is no average) is written to
     RUN/samples/step=N.png. TensorBoard gets it too, with the raw weights' grid, a strip of x_t and
-    pred_x_0 along the chain, and the channels' mean and standard deviation beside the data's.
-    Training goes on as if nothing had been drawn: no global random state is touched.
+    pred_x_0 along the chain, the channels' mean and standard deviation beside the data's, and
+    samples above the training images nearest to them (see `TrainingNeighbours`). Training goes on
+    as if nothing had been drawn: no global random state is touched.
 
     Args:
         every_n_steps: Optimizer steps from grid to grid; 0 draws none at all.
@@ -44,6 +47,7 @@ class Samples(Callback):
         sampler: Its name.
         num_steps: Timesteps to visit; None is the sampler's default.
         spacing: Which timesteps those are, as `sample` has it; None is the sampler's default.
+        num_train: Training images that samples are compared with; 0 compares none.
     """
 
     def __init__(
@@ -53,13 +57,18 @@ class Samples(Callback):
         sampler: SamplerName = "ddim",
         num_steps: int | None = None,
         spacing: str | None = None,
+        num_train: int = 10_000,
     ) -> None:
-        if every_n_steps < 0 or num_images < 1:
-            raise InputError("samples.every_n_steps must be at least 0, samples.num_images 1")
+        if min(every_n_steps, num_train) < 0 or num_images < 1:
+            raise InputError(
+                "samples.every_n_steps and samples.num_train must be at least 0, "
+                "samples.num_images 1"
+            )
         self.every_n_steps = every_n_steps
         self.num_images = num_images
         with sampler_options("samples"):
             self.sampler = make_sampler(sampler, num_steps, spacing=spacing)
+        self._neighbours = TrainingNeighbours(num_train) if num_train else None
         self.latest: Path | None = None
         self._step = 0
         self._drawn_step = 0
@@ -108,52 +117,89 @@ class Samples(Callback):
             self._draw(trainer, pl_module)
 
     def _draw(self, trainer: Trainer, pl_module: DDPM) -> None:
-        """Draw on rank 0, unless a signal comes before it is done: then it is owed."""
+        """Draw, unless a signal comes before it is done: then it is owed."""
         self._drawn_step = trainer.global_step
         self._is_owed = True
         if is_stopping(trainer):
             return
         with suppress(Interrupted):
-            if trainer.is_global_zero:
-                self._draw_here(trainer, pl_module)
+            self._draw_all(trainer, pl_module)
             self._is_owed = False
-        is_stopping(trainer, agree=True)
 
-    def _draw_here(self, trainer: Trainer, pl_module: DDPM) -> None:
+    def _draw_all(self, trainer: Trainer, pl_module: DDPM) -> None:
         ema = find_callback(trainer, EMA)
         raw, strip = self._sample(trainer, pl_module)
         grids = {"raw": raw}
         if ema is not None and ema.is_active:
             with ema.scope(pl_module):
                 grids["ema"], strip = self._sample(trainer, pl_module)
-        best = grids.get("ema", raw)
+        if trainer.is_global_zero:
+            self._write(trainer, grids, strip)
 
+    def _write(self, trainer: Trainer, grids: dict[str, Tensor], strip: Tensor) -> None:
+        best = grids.get("ema", grids["raw"])
+        pictures = {f"samples/{name}": make_grid(images) for name, images in grids.items()}
+        pictures["samples/denoising"] = strip
+        scalars = _channel_scalars(trainer, best)
+        if self._neighbours is not None and trainer.datamodule is not None:  # type: ignore[attr-defined]
+            compared = self._neighbours.compare(trainer, best)
+            pictures["neighbours"] = compared.picture
+            scalars |= compared.scalars
         self.latest = run_folder(trainer, "samples") / f"step={trainer.global_step}.png"
         write_png(self.latest, make_grid(best))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                for name, images in grids.items():
-                    logger.experiment.add_image(
-                        f"samples/{name}", make_grid(images), trainer.global_step
-                    )
-                logger.experiment.add_image("samples/denoising", strip, trainer.global_step)
-        log_scalars(trainer, _channel_scalars(trainer, best))
+                for name, picture in pictures.items():
+                    logger.experiment.add_image(name, picture, trainer.global_step)
+        log_scalars(trainer, scalars)
 
     def _sample(self, trainer: Trainer, pl_module: DDPM) -> tuple[Tensor, Tensor]:
-        """Sample the grid's images, uint8 [N, C, H, W], and lay out the strip, uint8 [C, H, W]."""
+        """Sample the grid's images, uint8 [N, C, H, W], and lay out the strip, uint8 [C, H, W].
+
+        All ranks must call, and get both. Rank 0 alone would let the others wait for longer than
+        their time-out, where images are large and chains long.
+
+        Raises:
+            Interrupted: A rank has received a signal.
+        """
+        ranks = TrainerRanks(trainer)
+        shares: list[Tensor] = []
+        with suppress(Interrupted):  # until the others know
+            seeds = ranks.share(range(self.num_images))
+            shares += self._sample_share(trainer, pl_module, seeds)
+        if is_stopping(trainer, agree=True):
+            raise Interrupted
+        images, chains = (
+            ranks.concatenate(rows.flatten(1)).reshape(-1, *rows.shape[1:]) for rows in shares
+        )
+        # a row of steps for x_t and one for pred_x_0, image by image
+        cells = chains.transpose(1, 2).flatten(0, 2)
+        return images, make_grid(cells, num_columns=chains.shape[1])
+
+    def _sample_share(
+        self, trainer: Trainer, pl_module: DDPM, seeds: range
+    ) -> tuple[Tensor, Tensor]:
+        """Sample some of the images, of which there may be none.
+
+        Returns:
+            Images, uint8 [N, C, H, W], and of those that the strip shows the way there, uint8
+            [<= N, steps, 2, C, H, W]: x_t and pred_x_0.
+        """
+        assert pl_module.image_shape is not None
         num_steps = self.sampler.count_steps(pl_module.process)
         shown = {round(i * (num_steps - 1) / (STRIP_STEPS - 1)) for i in range(STRIP_STEPS)}
-        columns: list[Tensor] = []
-        step = None
-        for index, step in enumerate(pl_module.denoise(range(self.num_images), self.sampler)):
-            check_signals(trainer)
-            if index in shown:
-                pair = torch.stack([step.x_prev, step.pred_x_0], dim=1)[:STRIP_IMAGES]
-                columns.append(to_uint8(pair).cpu())
-        assert step is not None
-        # [images, x_t and pred_x_0, steps, C, H, W]: a row of steps for each of the two
-        cells = torch.stack(columns, dim=2).flatten(0, 2)
-        return to_uint8(step.x_prev).cpu(), make_grid(cells, num_columns=len(columns))
+        num_chains = len(range(STRIP_IMAGES)[seeds.start : seeds.stop])
+        images = torch.empty(0, *pl_module.image_shape, dtype=torch.uint8)
+        columns = [images.new_empty(0, 2, *pl_module.image_shape)] * len(shown)
+        if seeds:
+            columns = []
+            for index, step in enumerate(pl_module.denoise(seeds, self.sampler)):
+                check_signals(trainer)
+                if index in shown:
+                    pair = torch.stack([step.x_prev, step.pred_x_0], dim=1)[:num_chains]
+                    columns.append(to_uint8(pair).cpu())
+            images = to_uint8(step.x_prev).cpu()
+        return images, torch.stack(columns, dim=1)
 
 
 def _channel_scalars(trainer: Trainer, images: Tensor) -> dict[str, float]:

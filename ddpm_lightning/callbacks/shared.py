@@ -59,6 +59,13 @@ class TrainerRanks:
     def __init__(self, trainer: Trainer) -> None:
         self._strategy = trainer.strategy
         self._world_size = trainer.world_size
+        self._rank = trainer.global_rank
+
+    def share(self, numbers: range) -> range:
+        """Give this rank's part; the parts follow each other in the ranks' order, or are empty."""
+        count = len(numbers)
+        bounds = (count * rank // self._world_size for rank in (self._rank, self._rank + 1))
+        return numbers[slice(*bounds)]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over the ranks."""

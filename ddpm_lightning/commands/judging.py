@@ -20,7 +20,7 @@ from ddpm_lightning.commands.rows import Row
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics.features import Extractor
 from ddpm_lightning.metrics.judge import Collector, FeatureSet, Metric, evaluate, warnings_of
-from ddpm_lightning.metrics.record import Record, make_record
+from ddpm_lightning.metrics.record import Record, make_protocol, make_record
 from ddpm_lightning.metrics.reference import Reference
 
 POLL_SECONDS = 2.0
@@ -155,7 +155,7 @@ class JudgeTask(LightningModule):
         record = make_record(
             repeats.pop("mean"),
             self._num_images,
-            self._choice.protocol,
+            make_protocol(self._num_images, self._choice.protocol),
             subject,
             time.perf_counter() - start,
             self.device,
@@ -174,9 +174,8 @@ class JudgeTask(LightningModule):
         bar: "tqdm[Any]",
     ) -> FeatureSet:
         """Gather the features of images, of which this rank makes its share."""
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        # contiguous shares, so that the ranks' features follow each other in the images' order
-        share = numbers[len(numbers) * rank // world : len(numbers) * (rank + 1) // world]
+        ranks = TrainerRanks(self.trainer)
+        share = ranks.share(numbers)
         collector = Collector(self._extractor, self._metrics)
         num_judged = float(numbers.start)
         with self._together():
@@ -186,7 +185,7 @@ class JudgeTask(LightningModule):
                 bar.update(min(num_done * nfe, (bar.total or 0) - bar.n))
                 num_judged += num_done
                 bar.set_postfix_str(f"{num_judged:,.0f} of {self._num_all:,} images", refresh=False)
-        return collector.finish(TrainerRanks(self.trainer))
+        return collector.finish(ranks)
 
     def _make_bar(self) -> "tqdm[Any]":
         return tqdm(

@@ -113,14 +113,15 @@ def parse_options(
         words: The arguments that take several words, and how many, as argparse counts them (2, +,
             *); those without a default stand without an option's name.
     """
+    docstring = docstring_parser.parse_from_object(command)
     parser = LineErrors(
-        prog=f"python -m ddpm_lightning {name}", usage=f"%(prog)s {usage}", allow_abbrev=False
+        prog=f"python -m ddpm_lightning {name}",
+        usage=f"%(prog)s {usage}",
+        description=docstring.description,
+        allow_abbrev=False,
     )
     parameters = inspect.signature(command).parameters
-    helps = {
-        item.arg_name: item.description
-        for item in docstring_parser.parse_from_object(command).params
-    }
+    helps = {item.arg_name: item.description for item in docstring.params}
     for key, num_words in words.items():
         prefix = "" if parameters[key].default is inspect.Parameter.empty else "--"
         parser.add_argument(f"{prefix}{key}", nargs=num_words, type=str, help=helps[key])
@@ -152,14 +153,14 @@ def split_names(option: str, text: str, known: Iterable[Name]) -> list[Name]:
     return [names[word] for word in words]
 
 
-def split_numbers(option: str, text: str) -> list[int]:
-    """Read whole numbers from 1 on, divided by commas.
+def split_numbers(option: str, text: str, least: int = 1) -> list[int]:
+    """Read whole numbers from `least` on, divided by commas.
 
     Raises:
         InputError: There is none, one twice, or something else.
     """
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
+    if not all(word.isdecimal() and int(word) >= least for word in words):
         raise InputError(f"{option} {text}: say something like 50 or 20,50,100")
     if len({int(word) for word in words}) < len(words):
         raise InputError(f"{option} {text}: names a number twice")

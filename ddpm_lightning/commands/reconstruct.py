@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.commands.options import parse_options
-from ddpm_lightning.commands.shell import announce, run_command
+from ddpm_lightning.commands.shell import announce, new_file, run_command
 from ddpm_lightning.commands.subjects import check_shape, without_remedy
-from ddpm_lightning.commands.trainer import make_trainer
+from ddpm_lightning.commands.trainer import choose_device
 from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.errors import InputError
@@ -51,15 +51,13 @@ def reconstruct(
         out: The PNG to write.
         accelerator: As Lightning's Trainer has it: auto, cpu, gpu, ...
     """
-    path = Path(out)
-    if path.exists():
-        raise InputError(f"--out {out}: exists, and nothing is overwritten; choose another")
+    path = new_file(out)
     sampler = DDIMSampler(num_steps, spacing=spacing, clip="none")
     model = DDPM.from_checkpoint(checkpoint, weights)
     process = without_pure_noise(sampler.respace(model.process))
     sampler = DDIMSampler(process.num_timesteps, clip="none")
     originals = _read(Path(checkpoint), model, images, num_images)
-    device = make_trainer(accelerator, "1", 1).strategy.root_device
+    device = choose_device(accelerator)
     model.to(device)
     process.to(device)
     starts = range(0, len(originals), BATCH_SIZE)

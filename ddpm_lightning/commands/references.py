@@ -62,8 +62,37 @@ def choose_reference(
     """
     if reference is not None and reference.lower().endswith(".npz"):
         return _statistics(Path(reference).expanduser(), subjects[0], extractor, metrics)
+    data = open_reference(reference, subjects)
+    images = data.train_images
+    try:
+        check_metrics([metric for metric in metrics if metric != "is"], extractor, len(images))
+    except InputError as error:
+        raise InputError(f"the reference {data.source}: {error}") from error
+    return ReferenceChoice(
+        describe_reference(images, data.source, extractor),
+        lambda: reference_of(images, data.source, extractor, metrics, data.cache_dir, batch_size),
+    )
+
+
+def open_reference(
+    reference: str | None,
+    subjects: Sequence[Subject],
+    option: str = "--reference",
+    give: str = GIVE,
+) -> ImageDataModule:
+    """Open the images that subjects are compared with: its `train_images`.
+
+    Args:
+        reference: A data set as --data.source takes it; what the subjects' run trains on when None.
+        subjects: All of one shape.
+        option: The option that names it.
+        give: What to do where it is not known, for messages.
+
+    Raises:
+        InputError: There are no such images, of another shape, or others than the run had.
+    """
     if reference is None:
-        data = _training_data(subjects)
+        data = _training_data(subjects, give)
     else:
         _, height, width = subjects[0].image_shape
         channels: Channels = 3 if subjects[0].image_shape[0] == 3 else 1
@@ -73,18 +102,11 @@ def choose_reference(
             channels,
             val_fraction=0,  # all of the training split
         )
-    images = _images(data, reference)
+    images = _images(data, reference, option, give)
     check_shape(subjects[0].path, subjects[0].image_shape, data.source, images.image_shape)
     if reference is None:
-        _check_unchanged(subjects, images)
-    try:
-        check_metrics([metric for metric in metrics if metric != "is"], extractor, len(images))
-    except InputError as error:
-        raise InputError(f"the reference {data.source}: {error}") from error
-    return ReferenceChoice(
-        describe_reference(images, data.source, extractor),
-        lambda: reference_of(images, data.source, extractor, metrics, data.cache_dir, batch_size),
-    )
+        _check_unchanged(subjects, images, give)
+    return data
 
 
 def _statistics(
@@ -104,12 +126,12 @@ def _statistics(
     return ReferenceChoice(reference.protocol, lambda: reference, file)
 
 
-def _training_data(subjects: Sequence[Subject]) -> ImageDataModule:
+def _training_data(subjects: Sequence[Subject], give: str) -> ImageDataModule:
     """Open the images that the subjects' runs, or the run, train on."""
     runs = {}
     for subject in subjects:
         if not isinstance(subject, Checkpoint) or subject.run is None:
-            raise InputError(f"{subject.path}: lies in no run's folder; {GIVE}")
+            raise InputError(f"{subject.path}: lies in no run's folder; {give}")
         runs[subject.run.root.resolve()] = subject.run
     first, *others = runs.values()
     try:
@@ -119,27 +141,27 @@ def _training_data(subjects: Sequence[Subject]) -> ImageDataModule:
             if images.sha256 != data.train_images.sha256:
                 raise InputError(f"{first.root} and {other.root} trained on different images")
     except InputError as error:
-        raise InputError(f"{without_remedy(error)}; {GIVE}") from error
+        raise InputError(f"{without_remedy(error)}; {give}") from error
     return data
 
 
-def _images(data: ImageDataModule, reference: str | None) -> ImageSet:
+def _images(data: ImageDataModule, reference: str | None, option: str, give: str) -> ImageSet:
     try:
         return data.train_images
     except InputError as error:
         if reference is None:
             raise InputError(
                 f"the run's training images: {without_remedy(error)} (a path is taken from the "
-                f"folder where one is); {GIVE}"
+                f"folder where one is); {give}"
             ) from error
-        raise InputError(f"--reference {reference}: {without_remedy(error)}") from error
+        raise InputError(f"{option} {reference}: {without_remedy(error)}") from error
 
 
-def _check_unchanged(subjects: Sequence[Subject], images: ImageSet) -> None:
+def _check_unchanged(subjects: Sequence[Subject], images: ImageSet, give: str) -> None:
     """Refuse a source that gives other images than it did in training."""
     for subject in subjects:
         assert isinstance(subject, Checkpoint)
         if subject.data.get("images_sha256", images.sha256) != images.sha256:
             raise InputError(
-                f"{subject.path}: the source of its training images gives others by now; {GIVE}"
+                f"{subject.path}: the source of its training images gives others by now; {give}"
             )

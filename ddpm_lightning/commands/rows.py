@@ -91,23 +91,11 @@ class SampledRow(Row):
 
     def describe(self) -> dict[str, Any]:
         """Say what it was sampled from, and how."""
-        config = RunConfig.of(self.checkpoint.run)
-        batch_size = self.checkpoint.data.get("batch_size", config.agreed("data", "batch_size"))
-        ema_decay = config.agreed("ema", "decay") if self.weights == "ema" else None
-        run = self.checkpoint.run
         return {
-            "path": str(self.checkpoint.path),
-            "sha256": self.checkpoint.sha256,
-            "run": None if run is None else str(run.root),
-            "step": self.checkpoint.step,
-            "images_seen": None if batch_size is None else self.checkpoint.step * batch_size,
-            "weights": self.weights,
-            "ema_decay": ema_decay,
+            **describe_checkpoint(self.checkpoint, self.weights),
             "sampler": self._sampler(),
             "nfe": self.nfe,
-            "variance": self.checkpoint.process.variance,
             "guidance": "none",
-            "dtype": self.checkpoint.dtype,
         }
 
     def _sampler(self) -> dict[str, Any]:
@@ -156,6 +144,23 @@ class StoredRow(Row):
         if self.stored.settings is not None:
             description["sample_settings"] = self.stored.settings
         return description
+
+
+def describe_checkpoint(checkpoint: Checkpoint, weights: Weights) -> dict[str, Any]:
+    """Give the fields of a record's subject that say which weights were judged."""
+    config, run = RunConfig.of(checkpoint.run), checkpoint.run
+    batch_size = checkpoint.data.get("batch_size", config.agreed("data", "batch_size"))
+    return {
+        "path": str(checkpoint.path),
+        "sha256": checkpoint.sha256,
+        "run": None if run is None else str(run.root),
+        "step": checkpoint.step,
+        "images_seen": None if batch_size is None else checkpoint.step * batch_size,
+        "weights": weights,
+        "ema_decay": config.agreed("ema", "decay") if weights == "ema" else None,
+        "variance": checkpoint.process.variance,
+        "dtype": checkpoint.dtype,
+    }
 
 
 def make_rows(

@@ -1,21 +1,17 @@
 """`sample`: turn seeds into PNGs, a grid and an animation with a checkpoint."""
 
-import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from ddpm_lightning.callbacks.progress import bar_options
 from ddpm_lightning.checkpoints import Weights, file_sha256, load_checkpoint
+from ddpm_lightning.commands.batch_task import BatchTask
 from ddpm_lightning.commands.options import parse_options
+from ddpm_lightning.commands.settings import claim_folder
 from ddpm_lightning.commands.shell import announce, run_command
 from ddpm_lightning.commands.trainer import make_trainer
 from ddpm_lightning.errors import InputError
@@ -104,7 +100,7 @@ def sample(
     if format == "npz":  # one file, which cannot grow
         settings |= {"format": format, "seeds": seeds_to_text(wanted)}
     if is_rank_zero():
-        _claim(folder, settings)
+        claim_folder(folder, settings, "holds samples")
     if format == "npz" and (folder / "samples.npz").exists():
         announce(f"samples: {folder} (they were there already)")
         return
@@ -115,14 +111,13 @@ def sample(
         announce(f"samples: {folder}\ngrid: {folder / 'grid.png'}")
 
 
-class SampleTask(LightningModule):
-    """One pass of a Trainer over batches of seeds, dealt to the ranks in turn.
+class SampleTask(BatchTask):
+    """Samples batches of seeds.
 
     Args:
         model: The model, its weights chosen.
         sampler: The sampler.
-        seeds: All of them; batches are the same whatever has been done already, so that a run that
-            goes on gives the same bits.
+        seeds: All of them.
         batch_size: Seeds in a batch.
         folder: Where the PNGs go.
         gif: Keep the first batch's chain as an animation.
@@ -137,46 +132,18 @@ class SampleTask(LightningModule):
         folder: Path,
         gif: bool,
     ) -> None:
-        super().__init__()
+        super().__init__(seeds, batch_size, "sampling", sampler.count_steps(model.process))
         self.model = model
         self._sampler = sampler
-        self._batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
         self._folder = folder
         self._gif = gif
-        self._bar: tqdm[Any] | None = None
-        self._total = 0
 
-    def predict_dataloader(self) -> DataLoader[Sequence[int]]:
-        """Give this rank's batches that are not on disk yet."""
-        share = self._batches[self.global_rank :: self.trainer.world_size]
-        todo = [batch for batch in share if not self._is_done(batch)]
-        num_steps = self._sampler.count_steps(self.model.process)
-        self._total = sum(map(len, share))
-        self._bar = tqdm(
-            total=self._total,
-            initial=self._total - sum(map(len, todo)),
-            desc=f"sampling ({num_steps} steps an image)",
-            unit="image",
-            disable=not self.trainer.is_global_zero,
-            bar_format="{desc} {n:.0f}/{total} |{bar}| {elapsed}<{remaining}, {rate_fmt}",
-            **bar_options(),
-        )
-        # As many on every rank, empty ones at the end: Lightning stops a rank that has none.
-        num_batches = math.ceil(len(self._batches) / self.trainer.world_size)
-        padding: list[Sequence[int]] = [[] for _ in range(num_batches - len(todo))]
-        return DataLoader([*todo, *padding], batch_size=None)  # type: ignore[arg-type]
-
-    def predict_step(self, seeds: Sequence[int], batch_idx: int) -> None:
+    def make(self, seeds: Sequence[int]) -> None:
         """Sample a batch and write it; the bar advances with every step of the chain."""
-        assert self._bar is not None
-        if not seeds:
-            return
-        num_steps = self._sampler.count_steps(self.model.process)
-        frames = _Frames(num_steps) if self._shows(seeds) else None
+        frames = _Frames(self._num_steps) if self._shows(seeds) else None
         step = None
         for step in self.model.denoise(seeds, self._sampler):
-            # rounding must not carry it beyond its end
-            self._bar.update(min(len(seeds) / num_steps, self._total - self._bar.n))
+            self.advance(len(seeds))
             if frames is not None:
                 frames.add(step.x_prev)
         assert step is not None
@@ -185,19 +152,14 @@ class SampleTask(LightningModule):
         for seed, image in zip(seeds, finished_images(step), strict=True):
             write_png(_path(self._folder, seed), image)
 
-    def on_predict_end(self) -> None:
-        """Wait for the other ranks' files."""
-        if self._bar is not None:
-            self._bar.close()
-        self.trainer.strategy.barrier()
-
-    def _shows(self, seeds: Sequence[int]) -> bool:
-        return self._gif and seeds[0] == self._batches[0][0]
-
-    def _is_done(self, seeds: Sequence[int]) -> bool:
+    def is_done(self, seeds: Sequence[int]) -> bool:
+        """Whether the PNGs, and the GIF if it shows this batch, are there."""
         if self._shows(seeds) and not (self._folder / "denoising.gif").exists():
             return False
         return all(_path(self._folder, seed).exists() for seed in seeds)
+
+    def _shows(self, seeds: Sequence[int]) -> bool:
+        return self._gif and seeds[0] == self._batches[0][0]
 
 
 class _Frames:
@@ -215,8 +177,13 @@ class _Frames:
         self._index += 1
 
 
-def parse_seeds(seeds: str | None, num_images: int | None) -> list[int]:
+def parse_seeds(seeds: str | None, num_images: int | None, default: int = GRID_IMAGES) -> list[int]:
     """Read a list of seeds such as 0-63 or 3,7,100-120.
+
+    Args:
+        seeds: The list; 0, 1, ... when None.
+        num_images: How many those are.
+        default: How many, where neither is given.
 
     Raises:
         InputError: It is none, is empty, names a seed twice, or disagrees with num_images.
@@ -224,7 +191,7 @@ def parse_seeds(seeds: str | None, num_images: int | None) -> list[int]:
     if seeds is None:
         if num_images is not None and num_images < 1:
             raise InputError(f"--num_images must be at least 1, got {num_images}")
-        return list(range(num_images or GRID_IMAGES))
+        return list(range(num_images or default))
     result: list[int] = []
     for part in seeds.split(","):
         first, dash, last = part.strip().partition("-")
@@ -264,37 +231,6 @@ def _default_folder(checkpoint: Path, weights: Weights, sampler: dict[str, Any])
     name = f"step={step}-{weights}-{sampler_slug(sampler)}"
     in_run = checkpoint.absolute().parent.name == "checkpoints"
     return (checkpoint.parent.parent if in_run else checkpoint.parent) / "generated" / name
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Note what the folder holds; refuse one that holds something else.
-
-    Raises:
-        InputError: It holds samples of other settings, or other files.
-    """
-    record = folder / "settings.json"
-    if record.exists():
-        try:
-            there = dict(json.loads(record.read_text()))
-        except ValueError as error:
-            raise InputError(f"{record}: cannot be read ({error}); choose another --out") from error
-        # the same file may be named in several ways
-        keys = [key for key in settings if key != "checkpoint"]
-        differing = [key for key in keys if there.get(key) != settings[key]]
-        if differing:
-            key = differing[0]
-            raise InputError(
-                f"--out {folder}: holds samples with {key} {there.get(key)}, not {settings[key]}; "
-                "choose another"
-            )
-    elif folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {folder}: a file; choose a folder")
-    elif folder.exists() and any(folder.iterdir()):
-        raise InputError(f"--out {folder}: not empty, and nothing is overwritten; choose another")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(settings, indent=2)
-        write_atomically(record, lambda file: file.write(text.encode()))
 
 
 def _finish(folder: Path, seeds: Sequence[int], format: Format) -> None:

@@ -7,11 +7,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ddpm_lightning.errors import InputError, Stopped
+from ddpm_lightning.peers import end_with_parent, watched_by_torchruns_ranks
 
 logger = logging.getLogger("ddpm_lightning")
 
@@ -35,6 +37,7 @@ def run_command(command: Callable[[], object]) -> int:
         The status: the command's own where it gives one; 130 where Ctrl-C stopped it.
     """
     _set_up_output()
+    end_with_parent()
     received: int = signal.SIGINT
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -46,7 +49,8 @@ def run_command(command: Callable[[], object]) -> int:
     # the callback Signals takes both over.
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        result = command()
+        with watched_by_torchruns_ranks():
+            result = command()
     except (InputError, MisconfigurationException) as error:
         return _fail(str(error))
     except Stopped as stopped:
@@ -66,6 +70,18 @@ def run_command(command: Callable[[], object]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     return result if isinstance(result, int) else 0
+
+
+def new_file(path: str | Path) -> Path:
+    """Give the path of a file that a command will write; its folder may have to be made.
+
+    Raises:
+        InputError: There is something already.
+    """
+    path = Path(path)
+    if path.exists():
+        raise InputError(f"--out {path}: exists, and nothing is overwritten; choose another")
+    return path
 
 
 @contextmanager
@@ -91,6 +107,8 @@ def _set_up_output() -> None:
     # Lightning's notes on devices and its advertisements
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # but it must say which rank has died before it kills the others
+    logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)
     for message in (
         r".*does not have many workers.*",  # images come from a memory map, faster than workers
         r".*your dataloader is not resumable.*",  # it starts at trainer.global_step

@@ -4,11 +4,14 @@ import io
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddpm_lightning.commands.sweep import CURVES, settings_of, short_names
 from ddpm_lightning.images import write_atomically
 from ddpm_lightning.metrics.record import Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def draw(path: Path, records: Sequence[Record], titles: dict[str, str]) -> None:
@@ -23,14 +26,10 @@ def draw(path: Path, records: Sequence[Record], titles: dict[str, str]) -> None:
         records: The rows, one at least.
         titles: What each metric is called, by its name in the records.
     """
-    # the figure's own canvas: pyplot would look for a display
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     drawn = {name: title for name, title in titles.items() if not name.endswith("_std")}
-    figure = Figure(figsize=(7, 0.8 + 3.4 * len(drawn)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = make_figure(7, 0.8 + 3.4 * len(drawn))
     axis, places = _layout(records)
     all_axes = figure.subplots(len(drawn), squeeze=False)[:, 0]
     for axes, (name, title) in zip(all_axes, drawn.items(), strict=True):
@@ -55,6 +54,22 @@ def draw(path: Path, records: Sequence[Record], titles: dict[str, str]) -> None:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     all_axes[0].legend(fontsize="small")
     figure.suptitle(_title(records[0]), fontsize="medium")
+    write_figure(path, figure)
+
+
+def make_figure(width: float, height: float) -> "Figure":
+    """Make an empty figure of so many inches."""
+    # the figure's own canvas: pyplot would look for a display
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def write_figure(path: Path, figure: "Figure") -> None:
+    """Write a figure as PNG, atomically."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, format="png")
     write_atomically(path, lambda file: file.write(buffer.getvalue()))

@@ -1,7 +1,10 @@
 """The Trainer that commands run on: it brings devices and processes, and nothing else."""
 
+import torch
 from lightning.pytorch import Trainer
 
+from ddpm_lightning.callbacks import Together
+from ddpm_lightning.commands.clusters import cluster_plugins
 from ddpm_lightning.commands.shell import refusals_of
 
 
@@ -21,4 +24,16 @@ def make_trainer(accelerator: str, devices: str, num_nodes: int) -> Trainer:
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
+            callbacks=[Together()],
+            plugins=cluster_plugins(),
         )
+
+
+def choose_device(accelerator: str) -> torch.device:
+    """Choose the one device of a command that is not worth several.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    device: torch.device = make_trainer(accelerator, "1", 1).strategy.root_device
+    return device

@@ -7,6 +7,8 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from ddpm_lightning.errors import InputError
 
+SHARDING = ("fsdp", "deepspeed", "modelparallel")
+
 
 def check_trainer(options: Any) -> None:
     """Refuse options of Lightning's Trainer that it takes but that would not train.
@@ -37,6 +39,27 @@ def check_trainer(options: Any) -> None:
         raise InputError("--trainer.gradient_clip_algorithm value: only norm is supported")
 
 
+def check_whole(strategy: Any, optimizer: str) -> None:
+    """Refuse, by name, to shard parameters or the optimizer's state.
+
+    Args:
+        strategy: The Trainer's: a name, or options with a `class_path`.
+        optimizer: Its class path.
+
+    Raises:
+        InputError: One of the two would.
+    """
+    strategy = strategy if isinstance(strategy, str) else strategy.class_path
+    # before Lightning asks for a GPU or a package that would not help
+    if any(name in strategy.lower().replace("_", "") for name in SHARDING):
+        raise InputError(_sharded(strategy))
+    if optimizer.startswith("torch.distributed."):
+        raise InputError(
+            f"--model.optimizer {optimizer}: not supported; a checkpoint needs the optimizer's "
+            "whole state, and this one has a part of it on each rank; use torch.optim.Adam"
+        )
+
+
 def check_strategy(trainer: Trainer) -> None:
     """Refuse what this project's parts would be silently wrong on.
 
@@ -44,12 +67,16 @@ def check_strategy(trainer: Trainer) -> None:
         InputError: Parameters or optimizer are sharded, or the device has no float64.
     """
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        raise InputError(
-            f"--trainer.strategy {type(trainer.strategy).__name__}: shards what the average of the "
-            "weights and clipping need whole; use ddp"
-        )
+        raise InputError(_sharded(type(trainer.strategy).__name__))
     if trainer.strategy.root_device.type == "mps":
         raise InputError(
             "--trainer.accelerator mps: has no float64, which the schedule's tables are in; "
             "use --trainer.accelerator cpu"
         )
+
+
+def _sharded(strategy: str) -> str:
+    return (
+        f"--trainer.strategy {strategy}: not supported; the average of the weights, clipping and "
+        "checkpoints need all parameters on each device; use ddp"
+    )

@@ -54,6 +54,10 @@ class ImageSet:
         """(C, H, W)."""
         return self.cached.shape[1:]
 
+    def spread(self, limit: int) -> Indices:
+        """Give indices of at most `limit` images, evenly spread over the set."""
+        return np.linspace(0, len(self) - 1, min(limit, len(self))).astype(np.int64)
+
     @cached_property
     def sha256(self) -> str:
         """Hex digits that tell these images, in this order, from any others."""

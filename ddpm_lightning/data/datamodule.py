@@ -204,7 +204,7 @@ class ImageDataModule(LightningDataModule):
         """
         bytes_each = int(np.prod(self.image_shape))
         limit = min(_STATISTICS_IMAGES, max(1, _STATISTICS_BYTES // bytes_each))
-        chosen = np.linspace(0, self.num_train - 1, min(limit, self.num_train)).astype(np.int64)
+        chosen = self.train_images.spread(limit)
         return channel_statistics(torch.from_numpy(self.train_images[chosen]))
 
     def train_dataloader(self) -> DataLoader[Batch]:

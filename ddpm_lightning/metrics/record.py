@@ -43,7 +43,7 @@ def make_record(
     Args:
         metrics: Values by name.
         num_images: Images judged.
-        protocol: Reference, extractor, quantisation, method.
+        protocol: All else that must be equal for two numbers to be comparable.
         subject: Checkpoint, weights, sampler, seeds; or the folder of images.
         seconds: How long it took.
         device: What it was computed on.
@@ -53,7 +53,7 @@ def make_record(
         "record_version": RECORD_VERSION,
         "metrics": metrics,
         "num_images": num_images,
-        "protocol": make_protocol(num_images, protocol),
+        "protocol": {"num_images": num_images, **protocol},
         "subject": subject,
         "environment": {**_environment(device), "seconds": round(seconds, 3)},
         "warnings": warnings,
@@ -61,10 +61,10 @@ def make_record(
 
 
 def make_protocol(num_images: int, protocol: dict[str, Any]) -> dict[str, Any]:
-    """Put together all that must be equal for two numbers to be comparable.
+    """Put together the protocol of samples that are compared with images by their features.
 
     Args:
-        num_images: Images judged.
+        num_images: Samples judged.
         protocol: Reference and extractor.
     """
     return {

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from ddpm_lightning.diffusion.clipping import Clip
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.samplers.base import Draw, Network, Sampler, Step
+from ddpm_lightning.samplers.base import Draw, Network, Sampler, Start, Step
 from ddpm_lightning.samplers.ddim import DDIMSampler
 from ddpm_lightning.samplers.ddpm import DDPMSampler
 from ddpm_lightning.samplers.dpm_solver import DPMSolver2MSampler, DPMSolver2MSDESampler
@@ -27,6 +27,7 @@ __all__ = [
     "Network",
     "Sampler",
     "SamplerName",
+    "Start",
     "Step",
     "make_sampler",
     "options_of",

@@ -3,9 +3,10 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ddpm_lightning.diffusion.clipping import Clip, clip_x_0
@@ -26,6 +27,13 @@ class Step(NamedTuple):
     t: int  # the timestep that the network was told (the first, where a step tells it two)
     x_prev: Tensor  # the less noisy images, float [N, C, H, W]; x_0 after the last step
     pred_x_0: Tensor  # the clean images predicted at this step, clipped as the sampler clips
+
+
+class Start(NamedTuple):
+    """Where a chain starts that does not start from pure noise."""
+
+    x_t: Tensor  # float [N, C, H, W]
+    t: int  # zero-based, in [0, T)
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,26 @@ class Sampler(ABC):
         num_timesteps = process.num_timesteps
         timesteps = space_timesteps(num_timesteps, self.count_steps(process), self.spacing)
         return process if len(timesteps) == num_timesteps else process.respace(timesteps)
+
+    def below(self, process: Process, t: int) -> tuple["Sampler", Process]:
+        """Give the part of the chain from x_t on: a sampler, and the process for it.
+
+        The part visits t, and those of this sampler's timesteps that are less noisy.
+
+        Args:
+            process: The process that the network was trained on.
+            t: Zero-based.
+
+        Raises:
+            InputError: t is outside the schedule.
+        """
+        if not 0 <= t < process.num_timesteps:
+            raise InputError(f"timestep {t} must lie in 0..{process.num_timesteps - 1}")
+        visited = self.respace(process).timesteps
+        timesteps = torch.cat([visited[visited < t], visited.new_tensor([t])])
+        if len(timesteps) < process.num_timesteps:
+            process = process.respace(timesteps)
+        return replace(self, num_steps=len(timesteps), spacing="even"), process  # all there are
 
 
 class Level(NamedTuple):
