@@ -14,7 +14,6 @@ import torch
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.json"
-PAGE = FOLDER.parent / "docs" / "benchmarks.md"
 PACKAGES = ("ddpm-lightning", "torch", "lightning", "diffusers", "datasets", "numpy")
 
 Action = Callable[[], object]

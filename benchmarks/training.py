@@ -37,12 +37,13 @@ class OurStep:
         net: The network.
         pixels: See `make_pixels`.
         batch_size: Images in a step.
-        folder: For the images and their cache.
     """
 
-    def __init__(self, net: UNet, pixels: NDArray[np.uint8], batch_size: int, folder: Path) -> None:
+    def __init__(self, net: UNet, pixels: NDArray[np.uint8], batch_size: int) -> None:
+        self._folder = tempfile.TemporaryDirectory()  # images and their cache, to the end
+        folder = Path(self._folder.name)
         source = folder / "images"
-        source.mkdir(parents=True)
+        source.mkdir()
         for index, image in enumerate(pixels):
             Image.fromarray(image.squeeze()).save(source / f"{index:04}.png")
         data = ImageDataModule(
@@ -76,8 +77,7 @@ def prepare(is_ours: bool, arguments: tuple[object, ...], batch_size: int, size:
     pixels = make_pixels(size, net.in_channels)
     if is_ours:
         keep_freed_memory()
-        with tempfile.TemporaryDirectory() as folder:
-            STEPS.append(OurStep(net, pixels, batch_size, Path(folder)))
+        STEPS.append(OurStep(net, pixels, batch_size))
     else:
         STEPS.append(DiffusersStep(diffusers_unet(net), pixels, batch_size))
 
