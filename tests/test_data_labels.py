@@ -215,6 +215,12 @@ def test_wrong_numbers_of_classes(tmp_path: Path) -> None:
     assert "has no labels" in refusal(conditional(tmp_path / "flat", tmp_path, 2))
 
 
+def test_streams_have_no_labels(tmp_path: Path) -> None:
+    write_images(tmp_path / "data", "a/1.png", "b/1.png")
+    message = refusal(conditional(tmp_path / "data", tmp_path, 2, streaming=True))
+    assert "labels are not read from a stream" in message
+
+
 def test_images_without_their_label(in_tmp: Path) -> None:
     write_table(in_tmp / "t.parquet", {"label": [0, 1, None]}, label=INT)
     message = refusal(conditional(in_tmp / "t.parquet", in_tmp, 2))

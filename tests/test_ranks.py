@@ -38,7 +38,7 @@ OPTIONS = {
 }
 
 
-def options(pictures: Path, run: Path, precision: str, **others: Any) -> list[str]:
+def options(pictures: Path | str, run: Path, precision: str, **others: Any) -> list[str]:
     values = {
         "data.source": pictures,
         "model.net": f"{BufferedUNet.__module__}.{BufferedUNet.__name__}",

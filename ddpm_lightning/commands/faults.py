@@ -12,8 +12,10 @@ import torch
 from lightning.pytorch import Trainer
 from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
+from ddpm_lightning.callbacks.signals import is_stopping, leave_quietly, stop
 from ddpm_lightning.commands.shell import DISK_ERRORS
 from ddpm_lightning.data.datamodule import ImageDataModule
+from ddpm_lightning.data.stream_batches import StreamLost
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.runs import Run
 
@@ -36,6 +38,11 @@ def told_in_one_line(job: Job) -> Iterator[None]:
     threading.excepthook = _without_tensorboards
     try:
         yield
+    except StreamLost:
+        if is_stopping(job.trainer):
+            stop(job.trainer)
+        leave_quietly(job.trainer, 2)
+        raise
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -2,7 +2,7 @@
 
 import hashlib
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,26 @@ class Batch(NamedTuple):
     images: Tensor
     positions: NDArray[np.int64]
     labels: Tensor | None = None
+
+
+class Images(Protocol):
+    """Some images of one shape, in a fixed order."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: Indices, /) -> Pixels:
+        """Give the images at `indices`, int64 [n] in [0, len), as uint8 [n, C, H, W]."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+
+    @property
+    def sha256(self) -> str:
+        """Hex digits that tell these images, in this order, from any others."""
+
+    def spread(self, limit: int) -> Indices:
+        """Give indices of at most `limit` images, int64, spread over the set."""
 
 
 class ImageSet:
@@ -79,6 +99,12 @@ class ImageSet:
         return hashlib.sha256(self.cached.sha256.encode() + rows).hexdigest()
 
 
+def mirror_half(pixels: Pixels, positions: Indices, seed: int) -> None:
+    """Mirror every second image, on average, left to right, in place: uint8 [N, C, H, W]."""
+    mirrored = hash_indices(seed, Stream.FLIP, positions) >> np.uint64(63) == 1
+    pixels[mirrored] = pixels[mirrored][..., ::-1]
+
+
 class TrainingBatches(Dataset[Batch]):
     """Images by position in the run's global order.
 
@@ -103,8 +129,7 @@ class TrainingBatches(Dataset[Batch]):
         indices = self._order.indices(positions)
         pixels = self._images[indices]
         if self._flip:
-            mirrored = hash_indices(self._seed, Stream.FLIP, positions) >> np.uint64(63) == 1
-            pixels[mirrored] = pixels[mirrored][..., ::-1]
+            mirror_half(pixels, positions, self._seed)
         return _batch(pixels, positions, self._labels, indices)
 
 

@@ -190,7 +190,7 @@ def _write_images(
             if first is None:
                 first = (name, pixels)
                 _check_space(path, len(split) * pixels.nbytes)
-            data = _like_first(name, pixels, *first).tobytes()
+            data = like_first(name, pixels, *first).tobytes()
             digest.update(data)
             file.write(data)
         file.flush()
@@ -229,7 +229,7 @@ def _check_space(path: Path, num_bytes: int) -> None:
         )
 
 
-def _like_first(name: str, pixels: Pixels, first_name: str, first: Pixels) -> Pixels:
+def like_first(name: str, pixels: Pixels, first_name: str, first: Pixels) -> Pixels:
     """Give an image the first one's channels where nothing is lost by it.
 
     Raises:

@@ -4,10 +4,11 @@ Its images are taken undecoded, so that the one rule in `images.convert` holds f
 The library is imported where it is used: it takes a second that other sources need not wait.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +29,10 @@ SUFFIXES = (".parquet", ".arrow")
 _PREFERRED_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 _HUB_TIMEOUT = 10.0  # seconds until the hub counts as out of reach
+
+_HUB_PATH = re.compile(r"hf://datasets/(.+?)@([^/]+)/(.+)")
+
+Answer = TypeVar("Answer")
 
 
 class Rows:
@@ -101,6 +106,62 @@ def open_hub(source: str, hint: str) -> Source:
     """
     import datasets
 
+    return _ask_hub(
+        source,
+        hint,
+        lambda name, configuration: _to_source(
+            source, _load(source, lambda: datasets.load_dataset(name, configuration), hint)
+        ),
+    )
+
+
+def list_folder(source: str, folder: Path) -> dict[SplitName, list[str]]:
+    """List the files of a folder's splits, as their names tell them; nothing is read."""
+    import datasets
+
+    return _files_of(source, _load(source, lambda: datasets.load_dataset_builder(str(folder))))
+
+
+def list_hub(source: str, hint: str) -> dict[SplitName, list[tuple[str, Mapping[str, str]]]]:
+    """List the files of a data set of the hub: URLs, and the headers to ask for them with.
+
+    Args:
+        source: See `open_hub`.
+        hint: See `open_hub`.
+
+    Raises:
+        InputError: The hub does not have it, or is out of reach.
+    """
+    import datasets
+    from huggingface_hub import get_token, hf_hub_url
+
+    def ask(name: str, configuration: str | None) -> dict[SplitName, list[str]]:
+        builder = _load(source, lambda: datasets.load_dataset_builder(name, configuration), hint)
+        return _files_of(source, builder)
+
+    def to_url(path: str) -> str:
+        found = _HUB_PATH.fullmatch(path)
+        assert found is not None, path
+        name, revision, file = found.groups()
+        endpoint = datasets.config.HF_ENDPOINT
+        return hf_hub_url(name, file, repo_type="dataset", revision=revision, endpoint=endpoint)
+
+    token = get_token()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return {
+        split: [(to_url(path), headers) for path in paths]
+        for split, paths in _ask_hub(source, hint, ask).items()
+    }
+
+
+def _ask_hub(source: str, hint: str, ask: Callable[[str, str | None], Answer]) -> Answer:
+    """Call `ask` with a data set's name and configuration.
+
+    Raises:
+        InputError: The hub is out of reach.
+    """
+    import datasets
+
     # load_dataset tries for 24 seconds to reach a hub that is not there. Told that it is offline,
     # it looks for what it has downloaded before, at once.
     name, _, configuration = source.partition(":")
@@ -108,8 +169,7 @@ def open_hub(source: str, hint: str) -> Source:
     offline = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = offline or bool(reason)
     try:
-        loaded = _load(source, lambda: datasets.load_dataset(name, configuration or None), hint)
-        return _to_source(source, loaded)
+        return ask(name, configuration or None)
     except ConnectionError as error:
         raise InputError(
             f"--data.source {source} is no folder here{hint}, and the Hugging Face hub is out of "
@@ -132,6 +192,18 @@ def _why_out_of_reach(source: str) -> str:
     except Exception as error:  # whatever the hub's HTTP library of the day raises
         return _one_line(error)
     return ""
+
+
+def _files_of(source: str, builder: Any) -> dict[SplitName, list[str]]:
+    """List the files of a builder's splits."""
+    listed: dict[Any, list[str]] = builder.config.data_files or {}
+    named = {str(split): list(map(str, files)) for split, files in listed.items()}
+    found = {split: named[name] for split, name in find_splits(source, named).items()}
+    if not found.get("train"):
+        raise InputError(
+            f"--data.source {source} has no files of a split train, but {', '.join(named) or 0}"
+        )
+    return found
 
 
 def _load(source: str, load: Callable[[], Any], hint: str = "") -> Any:

@@ -12,7 +12,7 @@ from ddpm_lightning.data.items import ArraySplit, Labels, Source, fingerprint, n
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import Pixels, levels_to_uint8
 
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:\w[\w.-]*)?")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:\w[\w.-]*)?")
 
 
 def open_source(source: str) -> Source:
@@ -38,8 +38,8 @@ def open_source(source: str) -> Source:
             return _open_file(source, path)
     except OSError as error:
         raise InputError(f"--data.source {source} cannot be read: {error}") from error
-    hint = _suggest(source, path)
-    if not _HUB_NAME.fullmatch(source):
+    hint = suggest(source, path)
+    if not HUB_NAME.fullmatch(source):
         raise InputError(
             f"--data.source {source!r} does not exist{hint}; it takes digits, a folder of images, "
             f"a folder with IDX, Parquet or Arrow files, or a data set on the Hugging Face hub"
@@ -73,8 +73,8 @@ def _open_file(source: str, file: Path) -> Source:
     return hugging_face.open_file(source, file)
 
 
-def _suggest(source: str, path: Path) -> str:
-    """The nearest folder beside what was asked for, or "digits", as a clause; "" for none."""
+def suggest(source: str, path: Path) -> str:
+    """Give the nearest folder beside what was asked for, or "digits", as a clause; "" for none."""
     siblings = []
     if path.parent.is_dir():
         siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
