@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
-# What models were before hyper_parameters said so.
+# What models were before hyper_parameters said so: in version 1, and up to version 2.
 _VERSION_1: dict[str, Any] = {
     "zero_terminal_snr": False,
     "prediction": "noise",
@@ -30,6 +30,7 @@ _VERSION_1: dict[str, Any] = {
     "weighting": "none",
     "timestep_sampling": "uniform",
 }
+_VERSION_2: dict[str, Any] = {"label_dropout": 0.1}  # no network was told classes
 
 # Without these there is no model; only a run that kept an average has the last.
 _NEEDED = {"state_dict": dict, "hyper_parameters": dict, "global_step": int}
@@ -139,8 +140,9 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
             f"{path}: damaged, its content is not what was written; use another one, such as the "
             "newest step=N.ckpt beside it"
         )
-    if version == 1:
-        checkpoint["hyper_parameters"] = {**_VERSION_1, **checkpoint["hyper_parameters"]}
+    if version <= 2:
+        since = _VERSION_2 if version == 2 else _VERSION_1 | _VERSION_2
+        checkpoint["hyper_parameters"] = {**since, **checkpoint["hyper_parameters"]}
     return checkpoint
 
 
@@ -223,6 +225,11 @@ def check_same_model(checkpoint: dict[str, Any], ours: dict[str, Any], path: str
         InputError: They differ.
     """
     theirs, mine = flatten(checkpoint["hyper_parameters"]), flatten(ours)
+    if theirs.get("net.class_path") == mine["net.class_path"]:
+        # arguments that the network has got since then have no effect by default
+        defaults = inspect.signature(import_network(mine["net.class_path"])).parameters.values()
+        arguments = {p.name: p.default for p in defaults if p.default is not p.empty}
+        theirs = flatten(arguments, "net.init_args.") | theirs
     # the variance before the network, whose channels follow from it
     for key in sorted(theirs.keys() | mine.keys(), key=lambda key: (key != "variance", key)):
         if theirs.get(key) != mine.get(key):

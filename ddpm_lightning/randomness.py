@@ -27,6 +27,8 @@ class Stream(IntEnum):
     NOISE = 4
     DROPOUT = 5
     STRATUM = 6
+    WINDOW = 7
+    LABEL = 10
     CODEC = 16  # compressed files depend on this number
     DERIVED = 17
 

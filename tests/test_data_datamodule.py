@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ddpm_lightning.data.batches import ImageSet
+from ddpm_lightning.data.cache import CachedImages
 from ddpm_lightning.data.datamodule import Batch, ImageDataModule
 from ddpm_lightning.errors import InputError
 
@@ -52,8 +54,14 @@ def pretend(
         global_step=step,
         overfit_batches=0,
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        lightning_module=None,
     )
     return data
+
+
+def cached(data: ImageDataModule) -> CachedImages:
+    assert isinstance(data.train_images, ImageSet)
+    return data.train_images.cached
 
 
 def take(loader: DataLoader[Batch], num_batches: int) -> list[Batch]:
@@ -162,7 +170,7 @@ def test_split_is_seeded_and_disjoint(make: Make, tmp_path: Path) -> None:
         assert data.val_images is not None
         assert data.val_images is data.test_images
         train, val = data.train_images, data.val_images
-        assert len({train.sha256, val.sha256, train.cached.sha256}) == 3
+        assert len({train.sha256, val.sha256, cached(data).sha256}) == 3
         train_levels, val_levels = (s[np.arange(len(s))][:, 0, 0, 0] for s in (train, val))
         return train_levels.tolist(), val_levels.tolist()
 
@@ -205,7 +213,7 @@ def test_no_validation_images(make: Make) -> None:
     data = make(val_fraction=0)
     assert (data.num_train, data.num_val) == (1797, 0)
     assert data.val_dataloader() == data.test_dataloader() == []
-    assert data.train_images.sha256 == data.train_images.cached.sha256
+    assert data.train_images.sha256 == cached(data).sha256
 
 
 def test_validation_images_are_dealt_to_the_ranks(make: Make) -> None:
@@ -259,13 +267,12 @@ def test_broken_images_are_left_out(make: Make, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"001\.png cannot be decoded"):
         make(**options).prepare_data()
     data = make(**options, on_error="skip")
-    assert (data.num_train, data.train_images.cached.num_skipped) == (3, 1)
+    assert (data.num_train, cached(data).num_skipped) == (3, 1)
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("streaming", True),
         ("image_size", 0),
         ("image_size", (8, -1)),
         ("channels", 2),

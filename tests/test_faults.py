@@ -95,12 +95,8 @@ def test_a_signal_ends_a_step_and_costs_nothing(pictures: Path, tmp_path: Path) 
     for name in ("last", "best", "step=120", "step=200"):
         theirs = tmp_path / "whole" / "checkpoints" / f"{name}.ckpt"
         assert_same_training(folder / f"{name}.ckpt", theirs)
-    for tag in ("val/loss", "val/loss_ema", "train/lr"):
+    for tag in ("val/loss", "val/loss_ema", "train/lr", "train/loss", "train/loss_q1"):
         assert scalars(tmp_path / "stopped", tag) == scalars(tmp_path / "whole", tag), tag
-    found, expected = (scalars(tmp_path / name, "train/loss") for name in ("stopped", "whole"))
-    assert found.keys() == expected.keys()
-    # a mean over a window of steps that a stop fell into is that of its later steps
-    assert sum(found[step] != expected[step] for step in found) <= 2
     assert not list((tmp_path / "stopped").glob(".lock"))
 
 

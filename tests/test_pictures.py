@@ -17,7 +17,7 @@ from ddpm_lightning.checkpoints import Weights, file_sha256
 from ddpm_lightning.commands import interpolate, neighbours, progressive, shared_latents
 from ddpm_lightning.commands.progressive import choose_steps
 from ddpm_lightning.commands.run_config import RunConfig
-from ddpm_lightning.data.batches import ImageSet
+from ddpm_lightning.data.batches import Images
 from ddpm_lightning.data.items import SplitName
 from ddpm_lightning.images import centre_crop, to_float, to_uint8
 from ddpm_lightning.labelled_grid import Group, labelled_grid
@@ -102,7 +102,7 @@ def model(here: Path, weights: Weights = "ema") -> DDPM:
 def held(here: Path) -> dict[SplitName, Tensor]:
     """The images of the run's splits."""
     data = RunConfig.of(Run(here / "run")).training_data()
-    sets: dict[SplitName, ImageSet | None] = {
+    sets: dict[SplitName, Images | None] = {
         "train": data.train_images,
         "val": data.val_images,
         "test": data.test_images,

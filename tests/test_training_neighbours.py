@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddpm_lightning.callbacks import EMA, Samples
 from ddpm_lightning.callbacks.run_logger import RunLogger
-from ddpm_lightning.data.batches import ImageSet
+from ddpm_lightning.data.batches import Images
 from ddpm_lightning.images import enlarge, to_float
 from tests.conftest import NUM_TRAIN
 from tests.test_labelled_grid import find
@@ -28,7 +28,7 @@ from tests.training import (
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 
-def pixels(images: ImageSet | None) -> Tensor:
+def pixels(images: Images | None) -> Tensor:
     assert images is not None
     return torch.from_numpy(images[np.arange(len(images))])
 

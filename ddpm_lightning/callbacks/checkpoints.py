@@ -19,6 +19,7 @@ from ddpm_lightning.callbacks.shared import (
 from ddpm_lightning.callbacks.signals import is_stopping, stop
 from ddpm_lightning.checkpoints import load_checkpoint
 from ddpm_lightning.data.datamodule import Batch
+from ddpm_lightning.data.stream_batches import StreamLost
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import write_atomically
 from ddpm_lightning.module import DDPM
@@ -135,6 +136,12 @@ class Checkpoints(Checkpoint):
             self._save(trainer, ["last", f"step={step}"])
         elif step and trainer.is_global_zero:
             _link(self.folder(trainer) / "last.ckpt", self.folder(trainer) / f"step={step}.ckpt")
+
+    def on_exception(self, trainer: Trainer, pl_module: DDPM, exception: BaseException) -> None:
+        """Keep what was trained until a stream could not be read on: all ranks stop there."""
+        if isinstance(exception, StreamLost):
+            is_stopping(trainer, agree=True)  # a signal may have ended the wait
+            self._save(trainer, ["last"] if trainer.global_step else [])
 
     def _is_best(self, trainer: Trainer) -> bool:
         """Compare the monitored metric's newest value with the lowest so far."""

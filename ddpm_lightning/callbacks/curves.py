@@ -37,6 +37,7 @@ class Curves(Callback):
     def __init__(self) -> None:
         self.latest: dict[str, float] = {}
         self._losses = Mean(NUM_QUARTILES)
+        self._restored: Tensor | None = None
         self._val_loss = Mean()
         self._num_images = 0
         self._window_start = 0.0
@@ -49,8 +50,22 @@ class Curves(Callback):
         """Leave time that was not spent on training out of the window's speed."""
         self._seconds_aside += seconds
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: DDPM, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write the losses of the window so far."""
+        sums = self._losses.sums_over_ranks(trainer)
+        checkpoint["callbacks"][self.state_key] = {"losses": sums}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep them until the ranks are known."""
+        self._restored = state_dict["losses"]
+
     def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:
-        """Start the first window, where a resumed run goes on."""
+        """Start the first window, or go on with that which a resumed run was in."""
+        if self._restored is not None and trainer.is_global_zero:
+            self._losses.restore(self._restored.to(trainer.strategy.root_device))
+        self._restored = None
         self._step = trainer.global_step
         self._window_start = time.perf_counter()
 

@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from ddpm_lightning.callbacks.signals import check_signals
-from ddpm_lightning.data.batches import ImageSet
+from ddpm_lightning.data.batches import Images
 from ddpm_lightning.data.order import Indices
 from ddpm_lightning.labelled_grid import Group, labelled_grid
 from ddpm_lightning.metrics.neighbours import Nearest, NeighbourSearch
@@ -69,7 +69,7 @@ class TrainingNeighbours:
         return Comparison(scalars, _draw(samples, images, nearest, len(searched)))
 
 
-def _search(trainer: Trainer, queries: Tensor, images: ImageSet, searched: Indices) -> Nearest:
+def _search(trainer: Trainer, queries: Tensor, images: Images, searched: Indices) -> Nearest:
     """Find the nearest of the images at `searched`, in grey levels, by their places there."""
     device = trainer.strategy.root_device
     search = NeighbourSearch(queries.to(device).flatten(1), 1)

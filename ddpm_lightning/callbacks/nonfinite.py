@@ -14,7 +14,6 @@ from ddpm_lightning.callbacks.fid import FID
 from ddpm_lightning.callbacks.samples import Samples
 from ddpm_lightning.callbacks.shared import TrainerRanks, find_callback, log_scalars, run_folder
 from ddpm_lightning.data.datamodule import Batch, ImageDataModule
-from ddpm_lightning.data.order import GlobalOrder
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import write_atomically
 from ddpm_lightning.module import DDPM
@@ -118,12 +117,11 @@ class Nonfinite(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, ImageDataModule):
             positions = np.arange((step - 1) * data.batch_size, step * data.batch_size)
-            order = GlobalOrder(data.num_train, data.seed)
             record |= {
                 "source": data.source,
                 "seed": data.seed,
                 "positions": [int(positions[0]), int(positions[-1])],
-                "training_images": order.indices(positions).tolist(),
+                "training_images": data.training_indices(positions).tolist(),
             }
         if trainer.is_global_zero:
             text = json.dumps(record, indent=2) + "\n"

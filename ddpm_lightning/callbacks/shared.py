@@ -113,13 +113,21 @@ class Mean:
         pieces = torch.stack([values.double() * counts.double(), counts.double()])
         self._sums.index_add_(1, bins, pieces)
 
+    def sums_over_ranks(self, trainer: Trainer) -> Tensor:
+        """Give what has been added on all ranks (all must call), for `restore` on one of them."""
+        sums = self._sums if self._sums is not None else self._zeros(trainer.strategy.root_device)
+        return TrainerRanks(trainer).sum(sums.clone())
+
+    def restore(self, sums: Tensor) -> None:
+        """Go on from there."""
+        self._sums = sums
+
     def over_ranks(self, trainer: Trainer) -> list[float]:
         """Sum over the ranks (all must call), start anew, and give each bin's mean, then all's.
 
         A bin without values has the mean nan.
         """
-        sums = self._sums if self._sums is not None else self._zeros(trainer.strategy.root_device)
-        sums = TrainerRanks(trainer).sum(sums)
+        sums = self.sums_over_ranks(trainer)
         self._sums = None
         sums = torch.cat([sums, sums.sum(dim=1, keepdim=True)], dim=1)
         means: list[float] = (sums[0] / sums[1]).tolist()

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer
 
 from ddpm_lightning.callbacks.shared import find_callback
 from ddpm_lightning.data.datamodule import Batch
+from ddpm_lightning.data.stream_batches import StreamLoader
 from ddpm_lightning.errors import Stopped
 from ddpm_lightning.module import DDPM
 
@@ -88,6 +89,9 @@ class Signals(Callback):
             launcher.kill(signal.SIGTERM)
         # a signal of the user's own says more than what a launcher made of it
         self._received = signal.SIGINT if self._received == signal.SIGINT else number
+        loader = self._trainer.train_dataloader
+        if isinstance(loader, StreamLoader):
+            loader.end_wait()
 
     # --- agreeing and stopping -----------------------------------------------------------------
 
@@ -128,19 +132,26 @@ class Signals(Callback):
         name = signal.Signals(self._received).name
         message = f"stopped by {name} at step {trainer.global_step}; go on with: {self._go_on}"
         status = 128 + self._received
-        if not trainer.is_global_zero:
-            message = ""
-            environment = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
-            if not environment.creates_processes_externally:
-                # Lightning's observer kills the whole job, rank 0 in its last words included, when
-                # a process that it launched fails
-                status = 0
+        leave_quietly(trainer, status)
         raise Stopped(message, status)
 
     def on_fit_end(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Tell of a signal that came when the last step was done, so that nothing is lost."""
         if self.agree():
             self.stop(trainer)
+
+
+def leave_quietly(trainer: Trainer, status: int) -> None:
+    """End a rank that is not the first, where all end: the first says why.
+
+    Raises:
+        Stopped: It is not.
+    """
+    if not trainer.is_global_zero:
+        environment = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
+        # Lightning's observer kills the whole job, rank 0 in its last words included, when a
+        # process that it launched fails
+        raise Stopped("", status if environment.creates_processes_externally else 0)
 
 
 def check_signals(trainer: Trainer) -> None:

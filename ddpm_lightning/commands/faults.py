@@ -14,8 +14,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors import checkpoint_connector
 from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
+from ddpm_lightning.callbacks.signals import is_stopping, leave_quietly, stop
 from ddpm_lightning.commands.shell import DISK_ERRORS
 from ddpm_lightning.data.datamodule import ImageDataModule
+from ddpm_lightning.data.stream_batches import StreamLost
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.runs import Run
 
@@ -39,6 +41,11 @@ def told_in_one_line(job: Job) -> Iterator[None]:
     threading.excepthook = _without_tensorboards
     try:
         yield
+    except StreamLost:
+        if is_stopping(job.trainer):
+            stop(job.trainer)
+        leave_quietly(job.trainer, 2)
+        raise
     except InputError:
         raise
     except Exception as error:

@@ -23,7 +23,7 @@ from ddpm_lightning.commands.settings import claim_folder
 from ddpm_lightning.commands.shell import announce, run_command
 from ddpm_lightning.commands.subjects import Checkpoint, CheckpointReader
 from ddpm_lightning.commands.trainer import make_trainer
-from ddpm_lightning.data.batches import Batch, ImageSet
+from ddpm_lightning.data.batches import Batch, Images
 from ddpm_lightning.diffusion.likelihood import Bound, rate_distortion
 from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.errors import InputError
@@ -148,7 +148,7 @@ class BoundTask(BatchTask):
         self,
         model: DDPM,
         process: Process,
-        images: ImageSet,
+        images: Images,
         num_images: int,
         batch_size: int,
         seed: int,
@@ -226,7 +226,7 @@ def _check_variance(process: Process) -> None:
     process.p_mean_variance(output, x_t, process.timesteps.new_zeros(1))
 
 
-def _open_split(checkpoint: Checkpoint, source: str | None, split: Split) -> tuple[ImageSet, str]:
+def _open_split(checkpoint: Checkpoint, source: str | None, split: Split) -> tuple[Images, str]:
     """Open the images, and say what they are called."""
     data = open_reference(source, [checkpoint], "--source", GIVE)
     sets = {"train": data.train_images, "val": data.val_images, "test": data.test_images}

@@ -16,7 +16,7 @@ from ddpm_lightning.commands.pictures import (
 from ddpm_lightning.commands.references import open_reference
 from ddpm_lightning.commands.sample import parse_seeds, seeds_to_text
 from ddpm_lightning.commands.shell import run_command
-from ddpm_lightning.data.batches import ImageSet
+from ddpm_lightning.data.batches import Images
 from ddpm_lightning.data.order import Indices
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import centre_crop
@@ -130,7 +130,7 @@ def neighbours(
 
 def find_neighbours(
     samples: Tensor,
-    images: ImageSet,
+    images: Images,
     searched: Indices,
     extractor: Extractor,
     num_neighbours: int,
@@ -180,7 +180,7 @@ def find_neighbours(
     }
 
 
-def _group(heading: str, samples: Tensor, images: ImageSet, nearest: Nearest) -> Group:
+def _group(heading: str, samples: Tensor, images: Images, nearest: Nearest) -> Group:
     """Lay each sample beside its neighbours, whose distances stand below."""
     indices = nearest.indices
     pixels = torch.from_numpy(images[indices.flatten().numpy()])

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse._link_arguments import ActionLink
 
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.randomness import NUM_SEEDS
 
 Name = TypeVar("Name", bound=str)
 
@@ -239,6 +240,24 @@ def split_numbers(option: str, text: str, least: int = 1) -> list[int]:
     if len({int(word) for word in words}) < len(words):
         raise InputError(f"{option} {text}: names a number twice")
     return [int(word) for word in words]
+
+
+def parse_ranges(option: str, text: str, example: str) -> list[int]:
+    """Read whole numbers and ranges of them, divided by commas, below the number of seeds.
+
+    Raises:
+        InputError: One is something else, or a range does not rise.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise InputError(f"{option} {text}: say something like {example}")
+        start, stop = int(first), int(last or first) + 1
+        if not start < stop <= NUM_SEEDS:
+            raise InputError(f"{option} {text}: ranges rise, within 0-{NUM_SEEDS - 1}")
+        numbers += range(start, stop)
+    return numbers
 
 
 def _option_names(parser: Any) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from ddpm_lightning.checkpoints import file_sha256
 from ddpm_lightning.commands.run_config import RunConfig
 from ddpm_lightning.commands.subjects import Checkpoint, Subject, check_shape, without_remedy
-from ddpm_lightning.data.batches import ImageSet
+from ddpm_lightning.data.batches import Images
 from ddpm_lightning.data.cache import Channels
 from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.errors import InputError
@@ -145,7 +145,7 @@ def _training_data(subjects: Sequence[Subject], give: str) -> ImageDataModule:
     return data
 
 
-def _images(data: ImageDataModule, reference: str | None, option: str, give: str) -> ImageSet:
+def _images(data: ImageDataModule, reference: str | None, option: str, give: str) -> Images:
     try:
         return data.train_images
     except InputError as error:
@@ -157,7 +157,7 @@ def _images(data: ImageDataModule, reference: str | None, option: str, give: str
         raise InputError(f"{option} {reference}: {without_remedy(error)}") from error
 
 
-def _check_unchanged(subjects: Sequence[Subject], images: ImageSet, give: str) -> None:
+def _check_unchanged(subjects: Sequence[Subject], images: Images, give: str) -> None:
     """Refuse a source that gives other images than it did in training."""
     for subject in subjects:
         assert isinstance(subject, Checkpoint)

@@ -10,7 +10,15 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.runs import Run
 
 # What decides which images a run trains on; order and flips do not matter.
-IMAGE_OPTIONS = ("source", "image_size", "channels", "val_fraction", "on_error", "seed")
+IMAGE_OPTIONS = (
+    "source",
+    "streaming",
+    "image_size",
+    "channels",
+    "val_fraction",
+    "on_error",
+    "seed",
+)
 
 
 class RunConfig:

@@ -1,5 +1,6 @@
 """From the name of a source to batches, under a trainer or without one."""
 
+import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ddpm_lightning.data.batches import Batch, ImageSet, PlainBatches, TrainingBatches
+from ddpm_lightning.data.batches import Batch, Images, ImageSet, PlainBatches, TrainingBatches
 from ddpm_lightning.data.cache import (
     CachedImages,
     Channels,
@@ -18,8 +19,10 @@ from ddpm_lightning.data.cache import (
     default_cache_dir,
     open_images,
 )
-from ddpm_lightning.data.items import Source, SplitName
+from ddpm_lightning.data.items import Labels, Source, SplitName
+from ddpm_lightning.data.labels import read_classes, read_labels
 from ddpm_lightning.data.order import (
+    GlobalOrder,
     Indices,
     PositionSampler,
     check_batch_size,
@@ -27,6 +30,8 @@ from ddpm_lightning.data.order import (
     validation_batches,
 )
 from ddpm_lightning.data.sources import open_source
+from ddpm_lightning.data.stream_batches import StreamBatches, StreamLoader
+from ddpm_lightning.data.stream_images import StreamImages, open_stream
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import channel_statistics
 from ddpm_lightning.randomness import NUM_SEEDS, Stream
@@ -38,7 +43,7 @@ _STATISTICS_BYTES = 2**26  # float32 copies take four times as much memory, twic
 
 
 class _Sets(NamedTuple):
-    train: ImageSet
+    train: Images
     val: ImageSet | None
     test: ImageSet | None
 
@@ -62,8 +67,10 @@ class ImageDataModule(LightningDataModule):
             neither a val nor a test split; 0 for none.
         on_error: Whether an image that cannot be decoded stops the run or is left out.
         num_workers: Processes that prepare batches. In the main process that takes microseconds an
-            image, so 0 is right unless the images are large or the network is very fast.
-        streaming: Whether to read images while training rather than decode all before it.
+            image, so 0 is right unless the images are large or the network is very fast; with
+            streaming they are decoded there.
+        streaming: Whether to read images while training rather than decode all before it: from
+            Parquet, tars or image files, in a folder, at a URL or on the hub.
         cache_dir: Where decoded images are kept; $DDPM_LIGHTNING_CACHE or
             ~/.cache/ddpm_lightning by default.
         seed: Of the order, the flips and the share of validation images, in [0, 2^32).
@@ -87,8 +94,6 @@ class ImageDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if streaming:
-            raise InputError("--data.streaming true does not exist yet; use --data.streaming false")
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         if size is not None and min(size) < 1:
             raise InputError(f"--data.image_size {image_size} must be at least 1 pixel")
@@ -100,6 +105,11 @@ class ImageDataModule(LightningDataModule):
             raise InputError(f"--data.val_fraction {val_fraction} must be in [0, 1)")
         if on_error not in ("stop", "skip"):
             raise InputError(f"--data.on_error {on_error} must be stop or skip")
+        if streaming and on_error == "skip":
+            raise InputError(
+                "--data.on_error skip: not with --data.streaming true, whose order counts every "
+                "image before any is decoded"
+            )
         if num_workers < 0:
             raise InputError(f"--data.num_workers {num_workers} must be at least 0")
         if not 0 <= seed < NUM_SEEDS:
@@ -112,6 +122,7 @@ class ImageDataModule(LightningDataModule):
         self.val_fraction = val_fraction
         self.on_error = on_error
         self.num_workers = num_workers
+        self.streaming = streaming
         self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
         self.seed = seed
 
@@ -120,7 +131,14 @@ class ImageDataModule(LightningDataModule):
         _ = self._sets
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot be trained with: a batch that does not divide, or too few images."""
+        """Refuse what cannot be trained with: a batch that does not divide, or too few images.
+
+        For a network that is told classes, also images whose labels are missing or others.
+        """
+        if self.classes is not None:
+            for images in self._sets:
+                if images is not None:
+                    self._labels_of(images)
         if stage == "fit":
             if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
                 raise InputError(
@@ -133,9 +151,11 @@ class ImageDataModule(LightningDataModule):
                     f"--data.batch_size {self.batch_size} is more than the {self.num_train} "
                     f"training images of {self.source}"
                 )
+            if self.streaming:
+                _ = self.channel_statistics  # reads: better before training than within a step
 
     @property
-    def train_images(self) -> ImageSet:
+    def train_images(self) -> Images:
         """What is trained on."""
         return self._sets.train
 
@@ -166,19 +186,22 @@ class ImageDataModule(LightningDataModule):
 
     def note_of_skipped(self) -> str:
         """Say how many broken images were left out, as a clause; "" for none."""
-        sets = {id(images.cached): images.cached for images in self._sets if images is not None}
+        stored = [images for images in self._sets if isinstance(images, ImageSet)]
+        sets = {id(images.cached): images.cached for images in stored}
         num_skipped = sum(cached.num_skipped for cached in sets.values())
         return f" ({num_skipped:,} broken ones left out)" if num_skipped else ""
 
     def state_dict(self) -> dict[str, Any]:
         """Give what the order of the images depends on, for checkpoints."""
-        return {
+        state = {
             "source": self.source,
+            "streaming": self.streaming,
             "images_sha256": self.train_images.sha256,
             "batch_size": self.batch_size,
             "flip": self.flip,
             "seed": self.seed,
         }
+        return state | ({"labels_sha256": self._labels_sha256} if self._num_classes else {})
 
     def check_same_data(self, checkpoint: dict[str, Any], path: str) -> None:
         """Refuse to go on from a checkpoint of other images, or of another order of them.
@@ -207,12 +230,34 @@ class ImageDataModule(LightningDataModule):
         chosen = self.train_images.spread(limit)
         return channel_statistics(torch.from_numpy(self.train_images[chosen]))
 
+    def training_indices(self, positions: Indices) -> Indices:
+        """Tell which of `train_images` are at positions of the run's order, int64 [N]."""
+        if isinstance(self.train_images, StreamImages):
+            return self._stream_batches(self.train_images).order.indices(positions)
+        return GlobalOrder(self.num_train, self.seed).indices(positions)
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Endless batches of this rank, from the trainer's step on."""
         sampler = PositionSampler(
             self.batch_size, self._world_size, self._accumulate, self._rank, self._step
         )
-        return self._loader(TrainingBatches(self.train_images, self.seed, self.flip), sampler)
+        images = self.train_images
+        if isinstance(images, StreamImages):
+            batches = self._stream_batches(images)
+            return StreamLoader(
+                batches,
+                sampler,
+                self.batch_size,
+                self._accumulate,
+                self.num_workers,
+                pin_memory=self._device_type == "cuda",
+            )
+        assert isinstance(images, ImageSet)
+        labels = self._labels_of(images)
+        return self._loader(TrainingBatches(images, self.seed, self.flip, labels), sampler)
+
+    def _stream_batches(self, images: StreamImages) -> StreamBatches:
+        return StreamBatches(images, self.batch_size, self.seed, self.flip)
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """This rank's share of the validation images, in order; no loader if there are none."""
@@ -228,7 +273,7 @@ class ImageDataModule(LightningDataModule):
         # As many images at once as in training: more might not fit into the device's memory.
         size = max(1, self.batch_size // (self._world_size * self._accumulate))
         batches = validation_batches(len(images), size, self._world_size, self._rank)
-        return [self._loader(PlainBatches(images), batches)]
+        return [self._loader(PlainBatches(images, self._labels_of(images)), batches)]
 
     def _loader(
         self, dataset: Dataset[Batch], batches: PositionSampler | list[Indices]
@@ -260,31 +305,74 @@ class ImageDataModule(LightningDataModule):
     def _device_type(self) -> str:
         return self.trainer.strategy.root_device.type if self.trainer else "cpu"
 
+    @property
+    def _num_classes(self) -> int:
+        """How many classes the trained network is told."""
+        module = self.trainer.lightning_module if self.trainer else None
+        return getattr(module, "num_classes", 0)  # a module of another kind is told none
+
+    @property
+    def classes(self) -> Labels | None:
+        """The training images' classes, for a network that is told them.
+
+        Raises:
+            InputError: The source has none, or another number of them, or is streamed.
+        """
+        if not self._num_classes:
+            return None
+        if self.streaming:
+            raise InputError(
+                f"--model.net.num_classes {self._num_classes}: labels are not read from a stream; "
+                "leave --data.streaming or num_classes out"
+            )
+        return read_classes(self._source, self._num_classes)
+
+    def _labels_of(self, images: Images) -> Indices | None:
+        if self.classes is None:
+            return None
+        assert isinstance(images, ImageSet)  # a stream has no classes
+        return read_labels(self._source, images, self.classes.num_classes)
+
+    @cached_property
+    def _labels_sha256(self) -> str:
+        labels = self._labels_of(self.train_images)
+        assert labels is not None
+        return hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
+
     def _step(self) -> int:
         return self.trainer.global_step if self.trainer else 0
 
     @cached_property
+    def _source(self) -> Source:
+        return open_source(self.source)
+
+    @cached_property
     def _sets(self) -> _Sets:
-        source = open_source(self.source)
-        train_cache = self._open(source, "train", self.channels)
+        train: Images
+        if self.streaming:
+            source, train = open_stream(
+                self.source, self.size, self.channels, self.val_fraction, self.seed, self.cache_dir
+            )
+        else:
+            source = self._source
+            train = ImageSet(self._open(source, "train", self.channels))
         # Grey images become RGB for RGB training images; the reverse would lose their colours.
-        channels: Channels | None = 3 if train_cache.shape[1] == 3 else self.channels
+        channels: Channels | None = 3 if train.image_shape[0] == 3 else self.channels
         held_out = {
-            name: ImageSet(self._open(source, name, channels))
+            name: ImageSet(self._open(source, name, channels), split=name)
             for name in source.splits
             if name != "train"
         }
         for name, images in held_out.items():
-            if images.image_shape != train_cache.shape[1:]:
+            if images.image_shape != train.image_shape:
                 raise InputError(
                     f"--data.source {self.source}: its {name} images are {images.image_shape} "
-                    f"(channels, height, width) but its train images {train_cache.shape[1:]}; make "
+                    f"(channels, height, width) but its train images {train.image_shape}; make "
                     f"them alike by --data.image_size N or --data.channels 1"
                 )
-        train = ImageSet(train_cache)
         val = held_out.get("val") or held_out.get("test")
-        if val is None:
-            train, val = self._split(train_cache)
+        if val is None and isinstance(train, ImageSet):
+            train, val = self._split(train.cached)
         return _Sets(train, val, held_out.get("test") or val)
 
     def _open(self, source: Source, split: SplitName, channels: Channels | None) -> CachedImages:

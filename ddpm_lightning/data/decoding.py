@@ -3,13 +3,14 @@
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from PIL import Image, UnidentifiedImageError
 
 from ddpm_lightning import images
-from ddpm_lightning.data.items import Split
+from ddpm_lightning.data.items import Item, Split
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import Pixels
 
@@ -40,7 +41,10 @@ def decode_split(
 
     def decode_block(start: int) -> list[Pixels | BrokenImage]:
         stop = min(start + _BLOCK_SIZE, len(split))
-        return [_decode(split, index, size, channels) for index in range(start, stop)]
+        return [
+            decode_item(partial(split.__getitem__, index), size, channels)
+            for index in range(start, stop)
+        ]
 
     pending: deque[Future[list[Pixels | BrokenImage]]] = deque()
     with warnings.catch_warnings(), ThreadPoolExecutor(_NUM_THREADS) as threads:
@@ -54,11 +58,12 @@ def decode_split(
             yield from pending.popleft().result()
 
 
-def _decode(
-    split: Split, index: int, size: tuple[int, int] | None, channels: int | None
+def decode_item(
+    read: Callable[[], Item], size: tuple[int, int] | None, channels: int | None
 ) -> Pixels | BrokenImage:
+    """Decode one image by the rule of `images.convert`; see `decode_split`."""
     try:
-        item = split[index]
+        item = read()
         if isinstance(item, bytes):
             return images.decode(item, size, channels)
         return images.convert(Image.fromarray(item), size, channels)

@@ -5,12 +5,14 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
+
 from ddpm_lightning.data import hugging_face, idx, image_folder
-from ddpm_lightning.data.items import ArraySplit, Source, fingerprint
+from ddpm_lightning.data.items import ArraySplit, Labels, Source, fingerprint, numbered
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import Pixels, levels_to_uint8
 
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:\w[\w.-]*)?")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:\w[\w.-]*)?")
 
 
 def open_source(source: str) -> Source:
@@ -26,7 +28,8 @@ def open_source(source: str) -> Source:
         InputError: Nothing there, nothing in it, or the hub does not have it or is out of reach.
     """
     if source == "digits":
-        return Source(source, fingerprint(source), {"train": ArraySplit(source, 1797, _digits)})
+        digits = ArraySplit(source, 1797, _digits)
+        return Source(source, fingerprint(source), {"train": digits}, {"train": _digit_labels})
     path = Path(source).expanduser()
     try:
         if source and path.is_dir():
@@ -35,8 +38,8 @@ def open_source(source: str) -> Source:
             return _open_file(source, path)
     except OSError as error:
         raise InputError(f"--data.source {source} cannot be read: {error}") from error
-    hint = _suggest(source, path)
-    if not _HUB_NAME.fullmatch(source):
+    hint = suggest(source, path)
+    if not HUB_NAME.fullmatch(source):
         raise InputError(
             f"--data.source {source!r} does not exist{hint}; it takes digits, a folder of images, "
             f"a folder with IDX, Parquet or Arrow files, or a data set on the Hugging Face hub"
@@ -70,8 +73,8 @@ def _open_file(source: str, file: Path) -> Source:
     return hugging_face.open_file(source, file)
 
 
-def _suggest(source: str, path: Path) -> str:
-    """The nearest folder beside what was asked for, or "digits", as a clause; "" for none."""
+def suggest(source: str, path: Path) -> str:
+    """Give the nearest folder beside what was asked for, or "digits", as a clause; "" for none."""
     siblings = []
     if path.parent.is_dir():
         siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
@@ -85,3 +88,9 @@ def _digits() -> Pixels:
     from sklearn.datasets import load_digits
 
     return levels_to_uint8(load_digits().images, 16)
+
+
+def _digit_labels() -> Labels:
+    from sklearn.datasets import load_digits
+
+    return numbered(load_digits().target.astype(np.int64))

@@ -13,7 +13,7 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm_lightning.data.batches import ImageSet
+from ddpm_lightning.data.batches import Images
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import write_atomically
 from ddpm_lightning.metrics.features import Extractor
@@ -30,7 +30,7 @@ class Reference(NamedTuple):
     protocol: dict[str, Any]
 
 
-def describe_reference(images: ImageSet, name: str, extractor: Extractor) -> dict[str, Any]:
+def describe_reference(images: Images, name: str, extractor: Extractor) -> dict[str, Any]:
     """Give the protocol's fields that name a set of images and an extractor."""
     return {
         "reference": {
@@ -45,7 +45,7 @@ def describe_reference(images: ImageSet, name: str, extractor: Extractor) -> dic
 
 
 def reference_of(
-    images: ImageSet,
+    images: Images,
     name: str,
     extractor: Extractor,
     metrics: Collection[Metric],
@@ -83,7 +83,7 @@ def reference_of(
 
 
 def _collect(
-    images: ImageSet, extractor: Extractor, metrics: Collection[Metric], batch_size: int
+    images: Images, extractor: Extractor, metrics: Collection[Metric], batch_size: int
 ) -> FeatureSet:
     collector = Collector(extractor, [metric for metric in metrics if metric != "is"])
     starts = range(0, len(images), batch_size)

@@ -1,0 +1,105 @@
+"""What a user would take instead, put together as its own documentation says.
+
+diffusers: `UNet2DModel` and `DDPMScheduler`, with the data, optimizer and EMA of its example for
+unconditional training.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision import transforms  # type: ignore[import-untyped]
+
+from ddpm_lightning import UNet
+
+
+def diffusers_unet(ours: UNet) -> UNet2DModel:
+    """Build diffusers' network for the same arguments, set to the authors' conventions."""
+    num_levels = len(ours.channel_mults)
+    attention = [level in ours.attention_levels for level in range(num_levels)]
+    return UNet2DModel(
+        in_channels=ours.in_channels,
+        out_channels=ours.out_channels,
+        block_out_channels=[ours.base_channels * mult for mult in ours.channel_mults],
+        layers_per_block=ours.num_res_blocks,
+        down_block_types=["AttnDownBlock2D" if has else "DownBlock2D" for has in attention],
+        up_block_types=["AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)],
+        dropout=ours.dropout,
+        freq_shift=1,
+        flip_sin_to_cos=False,
+        downsample_padding=0,
+        norm_eps=1e-6,
+        attention_head_dim=None,
+    )
+
+
+def diffusers_batches(pixels: NDArray[np.uint8], batch_size: int) -> Iterator[Tensor]:
+    """Give float batches in [-1, 1] for ever, as its example's data pipeline does.
+
+    Args:
+        pixels: uint8 [N, H, W, C], C 1 or 3.
+        batch_size: Images in a batch.
+    """
+    size = pixels.shape[1]
+    mode = "RGB" if pixels.shape[3] == 3 else "L"
+    images = [Image.fromarray(image.squeeze(), mode) for image in pixels]
+    augment = transforms.Compose(
+        [
+            transforms.Resize(size, interpolation=transforms.InterpolationMode.BILINEAR),
+            transforms.CenterCrop(size),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5], [0.5]),
+        ]
+    )
+
+    def transform(examples: dict[str, Any]) -> dict[str, Any]:
+        return {"input": [augment(image.convert(mode)) for image in examples["image"]]}
+
+    dataset = Dataset.from_dict({"image": images})
+    dataset.set_transform(transform)
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size, shuffle=True, drop_last=True)
+    while True:
+        for batch in loader:
+            yield batch["input"]
+
+
+class DiffusersStep:
+    """One training step of its example: data, noise, loss, clipping, AdamW, EMA.
+
+    Args:
+        net: Its network.
+        pixels: See `diffusers_batches`.
+        batch_size: Images in a step.
+    """
+
+    def __init__(self, net: UNet2DModel, pixels: NDArray[np.uint8], batch_size: int) -> None:
+        self._net = net.train()
+        self._batches = diffusers_batches(pixels, batch_size)
+        self._scheduler = DDPMScheduler(num_train_timesteps=1000)
+        self._optimizer = torch.optim.AdamW(
+            net.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
+        )
+        self._ema = EMAModel(net.parameters(), decay=0.9999, use_ema_warmup=True)
+
+    def __call__(self) -> None:
+        """Take it."""
+        x_0 = next(self._batches)
+        noise = torch.randn(x_0.shape)
+        t = torch.randint(0, 1000, (len(x_0),)).long()
+        x_t = self._scheduler.add_noise(x_0, noise, t)
+        loss = F.mse_loss(self._net(x_t, t).sample.float(), noise.float())
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self._net.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._ema.step(self._net.parameters())

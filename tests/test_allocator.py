@@ -1,0 +1,62 @@
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from ddpm_lightning import cli
+from ddpm_lightning.commands.allocator import keep_freed_memory
+
+# Takes and frees 64 MiB, which glibc by itself always hands back, and counts the pages that the
+# system had to provide.
+COUNT = """
+import resource
+from ddpm_lightning.commands.allocator import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        bytearray(b"x") * 2**26
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+is_kept = keep_freed_memory()
+faults()
+print(is_kept, faults())
+"""
+
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has this setting")
+
+
+def count(**environment: str) -> tuple[str, int]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    output = subprocess.run(
+        [sys.executable, "-c", COUNT],
+        env=clean | environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    is_kept, faults = output.split()
+    return is_kept, int(faults)
+
+
+@glibc
+def test_freed_memory_is_kept_unless_the_user_has_settings() -> None:
+    is_kept, kept = count()
+    is_left, left = count(MALLOC_ARENA_MAX="2")
+    assert (is_kept, is_left) == ("True", "False")
+    assert left > 20 * max(kept, 1)
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert not keep_freed_memory()
+
+
+def test_fit_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: calls.append("memory"))
+    monkeypatch.setattr(cli, "run_command", calls.append)
+    cli.main()
+    assert calls == ["memory", cli.CLI]
