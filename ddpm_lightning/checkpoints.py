@@ -31,6 +31,9 @@ _VERSION_1: dict[str, Any] = {
     "timestep_sampling": "uniform",
 }
 _VERSION_2: dict[str, Any] = {"label_dropout": 0.1}  # no network was told classes
+# A network's newer arguments have no effect by default, but for this one.
+_VERSION_2_UNET: dict[str, Any] = {"group_channels": 1}
+_UNET = "ddpm_lightning.networks.unet.UNet"
 
 # Without these there is no model; only a run that kept an average has the last.
 _NEEDED = {"state_dict": dict, "hyper_parameters": dict, "global_step": int}
@@ -143,7 +146,16 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     if version <= 2:
         since = _VERSION_2 if version == 2 else _VERSION_1 | _VERSION_2
         checkpoint["hyper_parameters"] = {**since, **checkpoint["hyper_parameters"]}
+        _complete_unet(checkpoint["hyper_parameters"].get("net"))
     return checkpoint
+
+
+def _complete_unet(description: Any) -> None:
+    """Say in its description what a U-Net of version 2 was."""
+    if isinstance(description, dict) and description.get("class_path") == _UNET:
+        arguments = description.get("init_args")
+        if isinstance(arguments, dict):
+            description["init_args"] = {**_VERSION_2_UNET, **arguments}
 
 
 def seal(checkpoint: dict[str, Any]) -> None:
@@ -235,7 +247,8 @@ def check_same_model(checkpoint: dict[str, Any], ours: dict[str, Any], path: str
         if theirs.get(key) != mine.get(key):
             raise InputError(
                 f"{path}: written with model.{key} = {theirs.get(key)}, but this command has "
-                f"{mine.get(key)}; give the run's own config.yaml with --config"
+                f"{mine.get(key)}; give --model.{key} {theirs.get(key)}, or the run's own "
+                "config.yaml with --config"
             )
 
 

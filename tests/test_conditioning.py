@@ -479,19 +479,28 @@ def test_refused_by_the_library(here: Path) -> None:
 
 
 def test_checkpoints_of_version_2_load_and_go_on(here: Path) -> None:
-    checkpoint = load(here / "plain/checkpoints/last.ckpt")
+    again: tuple[object, ...] = ("fit", "--config", "tiny.yaml", "--model.net.base_channels", 64)
+    as_was = ("--model.net.group_channels", 1)
+    run(here, *again, *as_was, "--trainer.max_steps", 5, "--run_dir", "as was")
+    written = "as was/checkpoints/last.ckpt"
+    checkpoint = load(here / written)
     checkpoint["format_version"] = 2
     del checkpoint["hyper_parameters"]["label_dropout"]
-    del checkpoint["hyper_parameters"]["net"]["init_args"]["num_classes"]
+    arguments = checkpoint["hyper_parameters"]["net"]["init_args"]
+    del arguments["num_classes"], arguments["group_channels"]
     save(checkpoint, here / "old.ckpt")
     model = DDPM.from_checkpoint(here / "old.ckpt")
     assert (model.num_classes, model.label_dropout) == (0, 0.1)
-    new = DDPM.from_checkpoint(here / "plain/checkpoints/last.ckpt")
+    assert isinstance(model.net, UNet)
+    assert model.net.group_channels == 1
+    new = DDPM.from_checkpoint(here / written)
     assert torch.equal(model.sample([3]), new.sample([3]))
     assert model.hyper_parameters() == new.hyper_parameters()
-    again: tuple[object, ...] = ("fit", "--config", "tiny.yaml", "--trainer.max_steps", 6)
-    again += ("--model.net.base_channels", 64)
-    for name, path in (("from old", "old.ckpt"), ("from new", "plain/checkpoints/last.ckpt")):
-        run(here, *again, "--ckpt_path", path, "--run_dir", name)
+    again += ("--trainer.max_steps", 6)
+    result = run_here(here, *again, "--ckpt_path", "old.ckpt")
+    assert result.status == 2
+    assert "give --model.net.init_args.group_channels 1" in result.err
+    for name, path in (("from old", "old.ckpt"), ("from new", written)):
+        run(here, *again, *as_was, "--ckpt_path", path, "--run_dir", name)
     last = "checkpoints/last.ckpt"
     assert_same_training(here / "from old" / last, here / "from new" / last)

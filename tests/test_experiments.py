@@ -11,7 +11,7 @@ import yaml
 
 from ddpm_lightning.callbacks import EMA
 from ddpm_lightning.checkpoints import build
-from ddpm_lightning.cli import CLI
+from ddpm_lightning.cli import CLI, _widen_output
 from ddpm_lightning.data.batches import Batch
 from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.module import DDPM
@@ -73,9 +73,10 @@ IMPROVED = {
 
 
 class ParsedOnly(CLI):
-    """Parses a command line as `fit` does, and stops there."""
+    """Parses a command line as `fit` does, completes the network, and stops there."""
 
-    def before_instantiate_classes(self) -> None: ...
+    def before_instantiate_classes(self) -> None:
+        _widen_output(self.config["fit"].model)
 
     def instantiate_classes(self) -> None: ...
 

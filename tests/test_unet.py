@@ -55,6 +55,29 @@ def test_initialisation_is_the_authors() -> None:
             assert bool((module.weight == 1).all())
 
 
+@pytest.mark.parametrize("group_channels", [1, 4])
+def test_groups_of_norms(group_channels: int) -> None:
+    net = UNet(1, 1, 32, (1, 2, 4, 8), 1, (1,), group_channels=group_channels)
+    norms = [module for module in net.modules() if isinstance(module, nn.GroupNorm)]
+    found = {norm.num_channels: norm.num_groups for norm in norms}
+    if group_channels == 1:
+        assert set(found.values()) == {32}
+    else:  # as many as the paper's, from 128 channels on
+        assert {channels: found[channels] for channels in (32, 64, 96, 128, 256)} == {
+            **{32: 8, 64: 16, 96: 24},
+            **{128: 32, 256: 32},
+        }
+
+
+def test_a_channel_that_is_normalised_alone_forgets_the_timestep() -> None:
+    x, embeddings = torch.randn(2, 32, 4, 4), torch.randn(2, 1, 128)
+    for group_channels, forgets in ((1, True), (4, False)):
+        block = ResBlock(32, 32, 128, 0.0, group_channels)
+        nn.init.normal_(block.conv_2.weight)  # is almost zero
+        first, second = (block(x, embedding.expand(2, -1)) for embedding in embeddings)
+        assert torch.allclose(first, second, atol=1e-4) == forgets
+
+
 def test_embedding_facts() -> None:
     embedding = timestep_embedding(torch.tensor([0, 1]), 128)
     assert torch.equal(embedding[0], torch.cat([torch.zeros(64), torch.ones(64)]))

@@ -52,21 +52,27 @@ def _linear(in_features: int, out_features: int) -> nn.Linear:
     return linear
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NUM_GROUPS, channels, eps=GROUP_NORM_EPS)
+def _norm(channels: int, group_channels: int) -> nn.GroupNorm:
+    num_groups = min(NUM_GROUPS, channels // group_channels)
+    return nn.GroupNorm(num_groups, channels, eps=GROUP_NORM_EPS)
 
 
 class ResBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut; the timestep is added per channel between them."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, embed_channels: int, dropout: float
+        self,
+        in_channels: int,
+        out_channels: int,
+        embed_channels: int,
+        dropout: float,
+        group_channels: int,
     ) -> None:
         super().__init__()
-        self.norm_1 = _norm(in_channels)
+        self.norm_1 = _norm(in_channels, group_channels)
         self.conv_1 = _conv(in_channels, out_channels, 3)
         self.embed = _linear(embed_channels, out_channels)
-        self.norm_2 = _norm(out_channels)
+        self.norm_2 = _norm(out_channels, group_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = _conv(out_channels, out_channels, 3, ZERO_GAIN)
         self.shortcut = (
@@ -85,9 +91,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over pixels with a single head, added to its input."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, group_channels: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = _norm(channels, group_channels)
         self.qkv = _conv(channels, 3 * channels, 1)
         for weight in self.qkv.weight.detach().chunk(3):  # three layers, each with its own fans
             nn.init.xavier_uniform_(weight)
@@ -161,6 +167,9 @@ class UNet(nn.Module):
         dropout: Probability of dropping a value before each block's second convolution.
         num_classes: Classes that the network is told; 0 for none. One label more, `num_classes`
             itself, stands for no label.
+        group_channels: Channels in a group of the norms, at least, where 32 groups would have
+            fewer; divides 32. The paper's networks have 4 and more. With 1, timestep and class are
+            lost where there are 32 channels: normalised alone, a channel forgets what was added.
     """
 
     def __init__(
@@ -173,6 +182,7 @@ class UNet(nn.Module):
         attention_levels: Sequence[int] = (1,),
         dropout: float = 0.0,
         num_classes: int = 0,
+        group_channels: int = 4,
     ) -> None:
         super().__init__()
         _check(
@@ -184,6 +194,7 @@ class UNet(nn.Module):
             attention_levels,
             dropout,
             num_classes,
+            group_channels,
         )
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -193,6 +204,7 @@ class UNet(nn.Module):
         self.attention_levels = list(attention_levels)
         self.dropout = dropout
         self.num_classes = num_classes
+        self.group_channels = group_channels
 
         embed_channels = 4 * base_channels
         self.embed_1 = _linear(base_channels, embed_channels)
@@ -202,8 +214,8 @@ class UNet(nn.Module):
             self.embed_label = nn.Embedding(num_classes + 1, embed_channels)
 
         def block(in_channels: int, out_channels: int, attention: bool) -> Block:
-            res = ResBlock(in_channels, out_channels, embed_channels, dropout)
-            return Block(res, Attention(out_channels) if attention else None)
+            res = ResBlock(in_channels, out_channels, embed_channels, dropout, group_channels)
+            return Block(res, Attention(out_channels, group_channels) if attention else None)
 
         self.conv_in = _conv(in_channels, base_channels, 3)
         self.down = nn.ModuleList()
@@ -231,7 +243,7 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(Upsample(channels))
 
-        self.norm_out = _norm(channels)
+        self.norm_out = _norm(channels, group_channels)
         self.conv_out = _conv(channels, out_channels, 3, ZERO_GAIN)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -307,6 +319,7 @@ def _check(
     attention_levels: Sequence[int],
     dropout: float,
     num_classes: int,
+    group_channels: int,
 ) -> None:
     if min(in_channels, out_channels) < 1:
         raise InputError(
@@ -326,3 +339,5 @@ def _check(
         raise InputError(f"dropout must lie in [0, 1), got {dropout}")
     if num_classes < 0:
         raise InputError(f"num_classes must be at least 0, got {num_classes}")
+    if group_channels < 1 or NUM_GROUPS % group_channels:
+        raise InputError(f"group_channels must divide {NUM_GROUPS}, got {group_channels}")

@@ -112,7 +112,7 @@ def outputs(ours: UNet, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return ours(x, t), theirs.eval()(x, t).sample
 
 
-@pytest.mark.parametrize("arguments", [CIFAR10, (1, 2, 32, (1, 2, 3), 1, (0, 2), 0.0)])
+@pytest.mark.parametrize("arguments", [CIFAR10, (1, 2, 32, (1, 2, 3), 1, (0, 2), 0.0, 0, 1)])
 def test_network_is_the_same(arguments: tuple[Any, ...]) -> None:
     ours = UNet(*arguments)
     x = torch.randn(2, ours.in_channels, 32, 32, dtype=torch.float64)
