@@ -152,8 +152,8 @@ def text_of(row: Row) -> str:
     """Lay a row out for the screen."""
     verdict = "met" if row.is_met else "MISSED"
     return (
-        f"{row.name}: {_figure(row.ours)} against {_figure(row.peer)} {row.unit}: ratio {row.ratio:.3f}, "
-        f"target {row.bound} {row.target:g} ({verdict}, {row.runs} runs)"
+        f"{row.name}: {_figure(row.ours)} against {_figure(row.peer)} {row.unit}: "
+        f"ratio {row.ratio:.3f}, target {row.bound} {row.target:g} ({verdict}, {row.runs} runs)"
     )
 
 
@@ -192,8 +192,9 @@ def table_of(results: Sequence[dict[str, Any]]) -> str:
         note = " (provisional)" if item["is_provisional"] else ""
         lines.append(
             f"| {item['name']} | {item['what']} | {_figure(item['ours'])} {item['unit']} | "
-            f"{_figure(item['peer'])} | {item['ratio']:.3g} | {item['bound']} {item['target']}{verdict} "
-            f"| {item['runs']} | {item['threads']}, {item['load']}{note} |"
+            f"{_figure(item['peer'])} | {item['ratio']:.3g} | "
+            f"{item['bound']} {item['target']}{verdict} | {item['runs']} | "
+            f"{item['threads']}, {item['load']}{note} |"
         )
     return "\n".join(lines)
 

@@ -9,6 +9,9 @@ QUICK = {
     "data-map": ("data:data_map", 1.0),
     "data-stream-png": ("data:data_stream_png", 1.0),
     "data-stream-raw": ("data:data_stream_raw", 1.0),
+    "start": ("command:start", 2.0),
+    "trainer-cost": ("command:trainer_cost", 3.0),
+    "sampler-cost": ("command:sampler_cost", 1.5),
     "train-small": ("training:train_small", 2.0),
     "train-large": ("training:train_large", 4.0),
 }
