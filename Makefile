@@ -8,7 +8,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 .PHONY: help fit ablation test test-slow benchmark benchmark-full lint types format docs-fashion clean
 
 help:  ## these targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 fit: $(VENV)/installed  ## install, and train the default experiment (handwritten digits)
 	@# one device: images of 8x8 gain nothing from more, and not every number divides the batch

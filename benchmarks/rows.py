@@ -12,6 +12,8 @@ QUICK = {
     "start": ("command:start", 2.0),
     "trainer-cost": ("command:trainer_cost", 3.0),
     "sampler-cost": ("command:sampler_cost", 1.5),
+    "memory": ("memory:memory", 4.0),
+    "memory-time": ("memory:memory_time", 3.0),
     "train-small": ("training:train_small", 2.0),
     "train-large": ("training:train_large", 4.0),
 }
