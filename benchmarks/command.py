@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from benchmarks.harness import Action, Row, alternate, make_row, own_process, rates, seconds_of
+from benchmarks.peers import CPU
 from benchmarks.training import SMALL, make_pixels, our_step, write_images
 from ddpm_lightning import DDPM, UNet, cli
 from ddpm_lightning.randomness import NoiseStreams
@@ -131,13 +132,14 @@ def _text(value: object) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
-def sampling(is_ours: bool) -> Action:
+def sampling(is_ours: bool, device: torch.device = CPU) -> Action:
     """Make a chain of ancestral sampling, or of calls of the bare network alone."""
     net = UNet(*SMALL)
-    model = DDPM(net, image_shape=(SMALL[0], SIZE, SIZE)).eval()
+    model = DDPM(net, image_shape=(SMALL[0], SIZE, SIZE)).eval().to(device)
     sampler = DDPMSampler(num_steps=NUM_STEPS)
-    x_t = NoiseStreams(range(BATCH_SIZE), torch.device("cpu")).normal((SMALL[0], SIZE, SIZE))
-    timesteps = [torch.full((BATCH_SIZE,), t) for t in np.linspace(999, 0, NUM_STEPS).astype(int)]
+    x_t = NoiseStreams(range(BATCH_SIZE), device).normal((SMALL[0], SIZE, SIZE))
+    visited = np.linspace(999, 0, NUM_STEPS).astype(int)
+    timesteps = [torch.full((BATCH_SIZE,), t, device=device) for t in visited]
 
     @torch.no_grad()
     def bare() -> None:

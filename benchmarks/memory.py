@@ -54,7 +54,7 @@ class NetworkStep:
         """Take it."""
         output: Any = self._net(self._x, self._t)
         prediction: Tensor = output if self._is_ours else output.sample
-        F.mse_loss(prediction, self._x).backward()
+        F.mse_loss(prediction, self._x).backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=False)
 

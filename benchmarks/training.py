@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.harness import Row, alternate, make_row, own_process, rates
-from benchmarks.peers import DiffusersStep, diffusers_unet
+from benchmarks.peers import CPU, DiffusersStep, diffusers_unet
 from ddpm_lightning import DDPM, UNet
 from ddpm_lightning.commands.allocator import keep_freed_memory
 from ddpm_lightning.data.datamodule import ImageDataModule
+from ddpm_lightning.randomness import to_device
 
 NUM_IMAGES = 512
 
@@ -44,9 +45,18 @@ class OurStep:
         net: The network.
         pixels: See `make_pixels`.
         batch_size: Images in a step.
+        device: Where the step is taken.
+        dtype: The network's precision; below float32 by autocast.
     """
 
-    def __init__(self, net: UNet, pixels: NDArray[np.uint8], batch_size: int) -> None:
+    def __init__(
+        self,
+        net: UNet,
+        pixels: NDArray[np.uint8],
+        batch_size: int,
+        device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory()  # images and their cache, to the end
         folder = Path(self._folder.name)
         source = write_images(folder, pixels)
@@ -54,7 +64,9 @@ class OurStep:
             str(source), batch_size=batch_size, flip=True, val_fraction=0, cache_dir=str(folder)
         )
         data.prepare_data()
-        self._model = DDPM(net, schedule="linear").train()
+        self._device = device
+        self._autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        self._model = DDPM(net, schedule="linear").train().to(device)
         self._batches = iter(data.train_dataloader())
         self._parameters = list(net.parameters())
         self._optimizer = torch.optim.Adam(self._parameters, lr=2e-4)
@@ -62,7 +74,10 @@ class OurStep:
 
     def __call__(self) -> None:
         """Take it."""
-        losses, _ = self._model.losses(next(self._batches), seed=0)
+        batch = next(self._batches)
+        batch = batch._replace(images=to_device(batch.images, self._device))
+        with self._autocast:
+            losses, _ = self._model.losses(batch, seed=0)
         losses.mean().backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from ddpm_lightning.checkpoints import check_same_model, describe
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.networks.unet import Attention, Downsample, ResBlock, UNet, timestep_embedding
 
@@ -153,3 +154,12 @@ def test_checkpointing_changes_memory_and_no_gradient(dropout: float) -> None:
         torch.testing.assert_close(other.grad, plain.grad, rtol=0, atol=1e-12)
     with torch.no_grad():
         assert torch.equal(nets[0].eval()(x, t), nets[1].eval()(x, t))
+
+
+def test_a_run_may_go_on_with_checkpointing_and_not_with_another_network() -> None:
+    plain, saving, other = (
+        {"net": describe(net)} for net in (UNet(), UNet(checkpointing=True), UNet(dropout=0.1))
+    )
+    check_same_model({"hyper_parameters": plain}, saving, "last.ckpt")
+    with pytest.raises(InputError, match=r"net\.init_args\.dropout = 0\.0"):
+        check_same_model({"hyper_parameters": plain}, other, "last.ckpt")

@@ -1,0 +1,134 @@
+"""How cost grows with size: `python -m benchmarks.growth` draws docs/growth.png."""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from benchmarks.harness import PAGE, Action, seconds_of
+from benchmarks.memory import MEGABYTE, peak
+from benchmarks.training import OurStep, make_pixels
+from ddpm_lightning import UNet
+from ddpm_lightning.commands.allocator import keep_freed_memory
+from ddpm_lightning.commands.sweep_charts import make_figure, write_figure
+from ddpm_lightning.data.datamodule import ImageDataModule
+from ddpm_lightning.metrics.features import make_extractor
+from ddpm_lightning.metrics.judge import Collector
+
+Series = tuple[Sequence[int], list[float]]
+"""Sizes, and what each costs."""
+
+ROWS_PER_GROUP = 100
+
+
+def in_new_process(function: Callable[[int], float], sizes: Sequence[int]) -> Series:
+    """Call a function for each size, in a process of its own."""
+    costs = []
+    for size in sizes:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            costs.append(pool.submit(function, size).result())
+    return sizes, costs
+
+
+def step_seconds(channels: int, batch_size: int, size: int) -> float:
+    """Give the median seconds of a training step of a small network."""
+    keep_freed_memory()
+    net = UNet(1, 1, channels, (1, 2, 2), 1, (2,))
+    step: Action = OurStep(net, make_pixels(size, 1), batch_size)
+    step()
+    return median(seconds_of(step) for _ in range(3))
+
+
+def of_batch(batch_size: int) -> float:
+    """Give the seconds of a step of so many images."""
+    return step_seconds(32, batch_size, 16)
+
+
+def of_size(size: int) -> float:
+    """Give the seconds of a step of images of such a side."""
+    return step_seconds(32, 8, size)
+
+
+def of_channels(channels: int) -> float:
+    """Give the seconds of a step of a network of such a width."""
+    return step_seconds(channels, 8, 16)
+
+
+def of_judged(num_images: int) -> float:
+    """Give the seconds of judging so many images: features, and the sums of the distance."""
+    torch.manual_seed(0)
+    extractor = make_extractor("efficientnet-lite0")
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+    Collector(extractor, ["fd"]).add(images)  # what is done once
+    collector = Collector(extractor, ["fd"])
+    start = time.perf_counter()
+    for first in range(0, num_images, len(images)):
+        collector.add(images[: num_images - first])
+    collector.finish()
+    return time.perf_counter() - start
+
+
+def of_streamed(num_images: int) -> float:
+    """Give the megabytes that it takes to read from so many images of 32x32x3."""
+    draws = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.parquet"
+        schema = pa.schema([("image", pa.binary(32 * 32 * 3))])
+        with pq.ParquetWriter(path, schema, compression="none") as writer:
+            for _ in range(num_images // ROWS_PER_GROUP):
+                rows = draws.integers(0, 256, (ROWS_PER_GROUP, 32 * 32 * 3), dtype=np.uint8)
+                table = pa.table(
+                    [pa.array([row.tobytes() for row in rows], schema[0].type)], schema
+                )
+                writer.write_table(table)
+        before = peak()
+        data = ImageDataModule(
+            folder, batch_size=64, val_fraction=0, streaming=True, cache_dir=f"{folder}/cache"
+        )
+        data.prepare_data()
+        batches = iter(data.train_dataloader())
+        for _ in range(num_images // 64):
+            next(batches)
+    return (peak() - before) / MEGABYTE
+
+
+def main() -> None:
+    """Measure, print and draw."""
+    argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__).parse_args()
+    charts = {
+        ("batch", "seconds a step"): in_new_process(of_batch, (4, 8, 16, 32, 64)),
+        ("pixels of a side", "seconds a step"): in_new_process(of_size, (8, 16, 32, 64)),
+        ("base channels", "seconds a step"): in_new_process(of_channels, (32, 64, 128, 256)),
+        ("images judged", "seconds"): in_new_process(of_judged, (64, 128, 256, 512, 1024)),
+        ("images of a stream", "MB"): in_new_process(of_streamed, (10_000, 40_000, 160_000)),
+    }
+    figure = make_figure(3.2 * len(charts), 3)
+    for axes, ((x, y), (sizes, costs)) in zip(
+        figure.subplots(1, len(charts)), charts.items(), strict=True
+    ):
+        print(
+            f"{x}: "
+            + ", ".join(f"{size}: {cost:.3g} {y}" for size, cost in zip(sizes, costs, strict=True))
+        )
+        axes.loglog(sizes, costs, "o-")
+        axes.loglog(
+            sizes, [costs[0] * size / sizes[0] for size in sizes], ":", color="grey", label="linear"
+        )
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    write_figure(PAGE.with_name("growth.png"), figure)
+
+
+if __name__ == "__main__":
+    main()
