@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,19 +25,25 @@ from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.metrics.features import make_extractor
 from ddpm_lightning.metrics.judge import Collector
 
-Series = tuple[Sequence[int], list[float]]
-"""Sizes, and what each costs."""
-
 ROWS_PER_GROUP = 100
 
 
-def in_new_process(function: Callable[[int], float], sizes: Sequence[int]) -> Series:
-    """Call a function for each size, in a process of its own."""
-    costs = []
-    for size in sizes:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            costs.append(pool.submit(function, size).result())
-    return sizes, costs
+class Chart(NamedTuple):
+    """What grows, and with what.
+
+    Attributes:
+        name: Of the size.
+        unit: Of the cost.
+        cost: Gives it for a size, in a process of its own.
+        sizes: Ascending.
+        power: The work is proportional to the size to this power.
+    """
+
+    name: str
+    unit: str
+    cost: Callable[[int], float]
+    sizes: Sequence[int]
+    power: int
 
 
 def step_seconds(channels: int, batch_size: int, size: int) -> float:
@@ -53,7 +60,7 @@ def of_batch(batch_size: int) -> float:
     return step_seconds(32, batch_size, 16)
 
 
-def of_size(size: int) -> float:
+def of_side(size: int) -> float:
     """Give the seconds of a step of images of such a side."""
     return step_seconds(32, 8, size)
 
@@ -101,30 +108,30 @@ def of_streamed(num_images: int) -> float:
     return (peak() - before) / MEGABYTE
 
 
+CHARTS = (
+    Chart("batch", "seconds a step", of_batch, (4, 8, 16, 32, 64), 1),
+    Chart("side in pixels", "seconds a step", of_side, (8, 16, 32, 64), 2),
+    Chart("base channels", "seconds a step", of_channels, (32, 64, 128, 256), 2),
+    Chart("images judged", "seconds", of_judged, (64, 128, 256, 512, 1024), 1),
+    Chart("images of a stream", "MB", of_streamed, (10_000, 40_000, 160_000), 1),
+)
+
+
 def main() -> None:
     """Measure, print and draw."""
     argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__).parse_args()
-    charts = {
-        ("batch", "seconds a step"): in_new_process(of_batch, (4, 8, 16, 32, 64)),
-        ("pixels of a side", "seconds a step"): in_new_process(of_size, (8, 16, 32, 64)),
-        ("base channels", "seconds a step"): in_new_process(of_channels, (32, 64, 128, 256)),
-        ("images judged", "seconds"): in_new_process(of_judged, (64, 128, 256, 512, 1024)),
-        ("images of a stream", "MB"): in_new_process(of_streamed, (10_000, 40_000, 160_000)),
-    }
-    figure = make_figure(3.2 * len(charts), 3)
-    for axes, ((x, y), (sizes, costs)) in zip(
-        figure.subplots(1, len(charts)), charts.items(), strict=True
-    ):
-        print(
-            f"{x}: "
-            + ", ".join(f"{size}: {cost:.3g} {y}" for size, cost in zip(sizes, costs, strict=True))
-        )
-        axes.loglog(sizes, costs, "o-")
-        axes.loglog(
-            sizes, [costs[0] * size / sizes[0] for size in sizes], ":", color="grey", label="linear"
-        )
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
+    figure = make_figure(3.2 * len(CHARTS), 3)
+    for axes, chart in zip(figure.subplots(1, len(CHARTS)), CHARTS, strict=True):
+        costs = []
+        for size in chart.sizes:
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                costs.append(pool.submit(chart.cost, size).result())
+            print(f"{chart.name} {size}: {costs[-1]:.3g} {chart.unit}", flush=True)
+        work = [(size / chart.sizes[0]) ** chart.power for size in chart.sizes]
+        axes.loglog(chart.sizes, costs, "o-")
+        axes.loglog(chart.sizes, [costs[0] * each for each in work], ":", label="as the work")
+        axes.set_xlabel(chart.name)
+        axes.set_ylabel(chart.unit)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     write_figure(PAGE.with_name("growth.png"), figure)
