@@ -117,24 +117,33 @@ CHARTS = (
 )
 
 
-def main() -> None:
-    """Measure, print and draw."""
-    argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__).parse_args()
+def draw(costs: Sequence[Sequence[float]]) -> None:
+    """Draw what each size of each chart costs, beside a line that grows as the work does."""
     figure = make_figure(3.2 * len(CHARTS), 3)
-    for axes, chart in zip(figure.subplots(1, len(CHARTS)), CHARTS, strict=True):
-        costs = []
-        for size in chart.sizes:
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                costs.append(pool.submit(chart.cost, size).result())
-            print(f"{chart.name} {size}: {costs[-1]:.3g} {chart.unit}", flush=True)
+    for axes, chart, found in zip(figure.subplots(1, len(CHARTS)), CHARTS, costs, strict=True):
         work = [(size / chart.sizes[0]) ** chart.power for size in chart.sizes]
-        axes.loglog(chart.sizes, costs, "o-")
-        axes.loglog(chart.sizes, [costs[0] * each for each in work], ":", label="as the work")
+        axes.loglog(chart.sizes, found, "o-")
+        axes.loglog(chart.sizes, [found[0] * each for each in work], ":", label="as the work")
+        axes.set_xticks(chart.sizes, [f"{size:,}" for size in chart.sizes])
+        axes.minorticks_off()
         axes.set_xlabel(chart.name)
         axes.set_ylabel(chart.unit)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     write_figure(PAGE.with_name("growth.png"), figure)
+
+
+def main() -> None:
+    """Measure, print and draw."""
+    argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__).parse_args()
+    costs: list[list[float]] = []
+    for chart in CHARTS:
+        costs.append([])
+        for size in chart.sizes:
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                costs[-1].append(pool.submit(chart.cost, size).result())
+            print(f"{chart.name} {size}: {costs[-1][-1]:.3g} {chart.unit}", flush=True)
+    draw(costs)
 
 
 if __name__ == "__main__":
