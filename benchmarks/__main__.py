@@ -1,6 +1,8 @@
 """Measure rows: `python -m benchmarks [ROW ...]`; results.json and docs/benchmarks.md take them."""
 
 import argparse
+import sys
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -18,11 +20,19 @@ def main() -> None:
     names = options.rows or (ROWS if options.full else QUICK)
     if unknown := set(names) - set(ROWS):
         parser.error(f"no row {', '.join(sorted(unknown))} (rows: {', '.join(ROWS)})")
+    failed = []
     for name in names:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            row = pool.submit(measure, name, options.runs).result()
+        try:
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                row = pool.submit(measure, name, options.runs).result()
+        except Exception:  # whatever a peer does: the other rows are worth having
+            traceback.print_exc()
+            failed.append(name)
+            continue
         print(text_of(row), flush=True)
         keep([row])
+    if failed:
+        sys.exit(f"error: not measured: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ It loads with `weights_only=True`: nothing in the file is executed.
 import hashlib
 import importlib
 import inspect
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 
 from ddpm_lightning.errors import InputError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
-# What models were before hyper_parameters said so.
+# What models were before hyper_parameters said so: in version 1, and up to version 2.
 _VERSION_1: dict[str, Any] = {
     "zero_terminal_snr": False,
     "prediction": "noise",
@@ -29,6 +30,11 @@ _VERSION_1: dict[str, Any] = {
     "weighting": "none",
     "timestep_sampling": "uniform",
 }
+_VERSION_2: dict[str, Any] = {"label_dropout": 0.1}  # no network was told classes
+
+# Without these there is no model; only a run that kept an average has the last.
+_NEEDED = {"state_dict": dict, "hyper_parameters": dict, "global_step": int}
+_HELD = {**_NEEDED, "ema_state_dict": dict}
 
 Weights = Literal["ema", "raw"]
 
@@ -103,7 +109,9 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of layouts that no checkpoint of ours has
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # the unpickler stumbles over a foreign file in any way it likes
         raise InputError(
             f"{path}: not a whole checkpoint file; use another one, such as the newest step=N.ckpt "
@@ -117,18 +125,24 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
             f"{path}: format_version {version} is newer than this ddpm_lightning reads "
             f"({FORMAT_VERSION}); upgrade it"
         )
-    missing = {"state_dict", "hyper_parameters", "global_step"} - checkpoint.keys()
+    missing = _NEEDED.keys() - checkpoint.keys()
     if missing:
         raise InputError(f"{path}: the checkpoint lacks {', '.join(sorted(missing))}")
+    for key, kind in _HELD.items():
+        if not isinstance(checkpoint.get(key, kind()), kind):
+            raise InputError(f"{path}: the checkpoint's {key} is no {kind.__name__}")
+    if not _is_plain(checkpoint["hyper_parameters"]):
+        raise InputError(f"{path}: the checkpoint's hyper_parameters are more than plain values")
     # version 1 has no digest
     is_sealed = version > 1 or "content_sha256" in checkpoint
-    if is_sealed and checkpoint.get("content_sha256") != content_sha256(checkpoint):
+    if is_sealed and not _is_as_sealed(checkpoint):
         raise InputError(
             f"{path}: damaged, its content is not what was written; use another one, such as the "
             "newest step=N.ckpt beside it"
         )
-    if version == 1 and isinstance(checkpoint["hyper_parameters"], dict):
-        checkpoint["hyper_parameters"] = {**_VERSION_1, **checkpoint["hyper_parameters"]}
+    if version <= 2:
+        since = _VERSION_2 if version == 2 else _VERSION_1 | _VERSION_2
+        checkpoint["hyper_parameters"] = {**since, **checkpoint["hyper_parameters"]}
     return checkpoint
 
 
@@ -136,6 +150,13 @@ def seal(checkpoint: dict[str, Any]) -> None:
     """Note the version and the digest of a checkpoint that is whole."""
     checkpoint["format_version"] = FORMAT_VERSION
     checkpoint["content_sha256"] = content_sha256(checkpoint)
+
+
+def _is_as_sealed(checkpoint: dict[str, Any]) -> bool:
+    try:
+        return bool(checkpoint.get("content_sha256") == content_sha256(checkpoint))
+    except (RuntimeError, RecursionError):  # sparse or endless, as nothing is that was sealed
+        return False
 
 
 def content_sha256(checkpoint: dict[str, Any]) -> str:
@@ -208,6 +229,11 @@ def check_same_model(checkpoint: dict[str, Any], ours: dict[str, Any], path: str
         InputError: They differ.
     """
     theirs, mine = flatten(checkpoint["hyper_parameters"]), flatten(ours)
+    if theirs.get("net.class_path") == mine["net.class_path"]:
+        # arguments that the network has got since then have no effect by default
+        defaults = inspect.signature(import_network(mine["net.class_path"])).parameters.values()
+        arguments = {p.name: p.default for p in defaults if p.default is not p.empty}
+        theirs = flatten(arguments, "net.init_args.") | theirs
     keys = (theirs.keys() | mine.keys()) - {MEMORY_ONLY}
     # the variance before the network, whose channels follow from it
     for key in sorted(keys, key=lambda key: (key != "variance", key)):
@@ -225,7 +251,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat
 
 

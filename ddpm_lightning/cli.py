@@ -33,6 +33,7 @@ from ddpm_lightning.commands.options import LineErrors
 from ddpm_lightning.commands.shell import announce, refusals_of, run_command
 from ddpm_lightning.commands.trainer_checks import check_strategy, check_trainer, check_whole
 from ddpm_lightning.data.datamodule import ImageDataModule
+from ddpm_lightning.data.items import Labels
 from ddpm_lightning.data.order import check_batch_size
 from ddpm_lightning.diffusion.process import LEARNED_VARIANCES
 from ddpm_lightning.errors import InputError
@@ -56,6 +57,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 PROG = "python -m ddpm_lightning"
+
+NUM_CLASSES_SHOWN = 10
 
 
 class Parser(LineErrors, LightningArgumentParser):
@@ -210,7 +213,9 @@ class CLI(LightningCLI):
         # Lightning counts micro-batches here
         if isinstance(trainer.val_check_interval, int):
             trainer.val_check_interval *= trainer.accumulate_grad_batches
-        data.trainer = trainer  # as the Trainer itself does, but only when training starts
+        # as the Trainer itself does, but only when training starts
+        data.trainer = trainer
+        trainer.strategy.connect(self.model)
         data.prepare_data()
         data.setup(self.subcommand)
         self.model.check_images(data.image_shape)
@@ -223,10 +228,10 @@ class CLI(LightningCLI):
         """Check what only training needs."""
         samples = find_callback(self.trainer, Samples)
         if samples is not None:
-            samples.check(self.model.process)
+            samples.check(self.model)
         fid = find_callback(self.trainer, FID)
         if fid is not None and fid.every_n_steps:
-            fid.check(self.model.process, find_callback(self.trainer, EMA))
+            fid.check(self.model, find_callback(self.trainer, EMA))
         with refusals_of("--model.optimizer"):
             self.model.configure_optimizers()
         step = self.checkpoint["global_step"] if self.checkpoint else 0
@@ -249,6 +254,7 @@ class CLI(LightningCLI):
         announce(
             f"data: {self.datamodule.num_train:,} images of {channels}x{height}x{width} to train "
             f"on, {self.datamodule.num_val:,} to validate{self.datamodule.note_of_skipped()}\n"
+            f"{_list_classes(self.datamodule.classes)}"
             f"network: {type(self.model.net).__name__}, {num_parameters:,} parameters, "
             f"on {self.trainer.num_devices * self.trainer.num_nodes} x "
             f"{self.trainer.strategy.root_device.type}"
@@ -332,6 +338,15 @@ def _widen_output(model: Any) -> None:
     is_learned = model.variance in LEARNED_VARIANCES
     if is_learned and channels is not None and arguments.get("out_channels") == channels:
         arguments["out_channels"] = 2 * channels
+
+
+def _list_classes(classes: Labels | None) -> str:
+    """Say in a line which classes the network is told, if any."""
+    if classes is None:
+        return ""
+    names = [f"{number} {name}" for number, name in enumerate(classes.names[:NUM_CLASSES_SHOWN])]
+    names += ["…"] if len(classes.names) > NUM_CLASSES_SHOWN else []
+    return f"classes: {', '.join(names) or classes.num_classes}\n"
 
 
 def _beside_python(name: str) -> Path:

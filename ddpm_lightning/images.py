@@ -7,7 +7,7 @@
 import io
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -92,6 +92,29 @@ def make_grid(images: Tensor, num_columns: int | None = None, min_width: int = 5
         left = gap + index % columns * (width + gap)
         grid[:, top : top + height, left : left + width] = image
     return grid
+
+
+def make_class_grid(images: Tensor, labels: Sequence[int] | None) -> Tensor:
+    """Lay images out with a row for each class, or as `make_grid` does where that is no rectangle.
+
+    Args:
+        images: uint8 [N, C, H, W], N >= 1.
+        labels: The images' classes, N of them; None for images without.
+
+    Returns:
+        uint8 [C, height, width].
+    """
+    rows = [
+        [image for image, label in zip(images, labels or (), strict=False) if label == number]
+        for number in sorted(set(labels or ()))
+    ]
+    num_columns = max(map(len, rows), default=0)
+    # a single class has no rows; many classes with few images would be a tower
+    if not 1 < len(rows) <= 4 * num_columns:
+        return make_grid(images)
+    blank = torch.full_like(images[0], 255)
+    cells = [image for row in rows for image in row + [blank] * (num_columns - len(row))]
+    return make_grid(torch.stack(cells), num_columns)
 
 
 def enlarge(images: Tensor, scale: int) -> Tensor:
@@ -196,8 +219,10 @@ def convert(image: Image.Image, size: tuple[int, int] | None, channels: int | No
         if levels.min() < 0 or levels.max() > 65535:
             raise ValueError("integer pixels outside 0..65535; save it with 8 or 16 bits")
         image = Image.fromarray(levels_to_uint8(levels, 65535))
+    if image.mode == "La":  # levels times alpha, of which Pillow makes nothing but LA
+        image = image.convert("LA")
     if image.has_transparency_data:
-        mode = "L" if image.mode in ("LA", "La", "L", "1") else "RGB"
+        mode = "L" if image.mode in ("LA", "L", "1") else "RGB"
         paper = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(paper, image.convert("RGBA")).convert(mode)
     if image.mode == "1":

@@ -1,6 +1,7 @@
 """DDPM: wires data, process, network and sampler together; the mathematics is elsewhere."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,28 @@ from ddpm_lightning.diffusion.timesteps import draw_timesteps
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import to_float, to_uint8
 from ddpm_lightning.nonfinite import BadSteps, OnNonfinite, leave_out
-from ddpm_lightning.randomness import NUM_SEEDS, NoiseStreams, Stream, hash_indices, to_device
-from ddpm_lightning.samplers import Draw, Sampler, SamplerName, Start, Step, make_sampler
+from ddpm_lightning.randomness import (
+    NUM_SEEDS,
+    NoiseStreams,
+    Stream,
+    hash_indices,
+    hash_uniform,
+    to_device,
+)
+from ddpm_lightning.samplers import (
+    Draw,
+    Guidance,
+    Guided,
+    Network,
+    Sampler,
+    SamplerName,
+    Start,
+    Step,
+    check_guidance,
+    check_labels,
+    make_guidance,
+    make_sampler,
+)
 
 VALIDATION_SEED = 20200619
 """Keys validation's t and noise: the same in every run, so that curves can be compared."""
@@ -57,6 +78,7 @@ class DDPM(LightningModule):
     Args:
         net: Maps (x_t, t) to an output shaped like x_t, or with twice the channels where the
             variance is learned; keeps its constructor's arguments as attributes of the same names.
+            With `num_classes` > 0 it maps (x_t, t, labels), and images need labels.
         schedule: The betas' schedule (see `make_betas`).
         num_timesteps: T, at least 1.
         beta_start: First beta; the schedules cosine, jsd and sigmoid have none.
@@ -71,6 +93,8 @@ class DDPM(LightningModule):
         weighting: How the squared error is weighted by timestep.
         timestep_sampling: How t is drawn: uniform, one from each part of the timesteps in each
             step's batch (stratified), or more often where losses are large (loss_second_moment).
+        label_dropout: Share of training images whose label is withheld, in [0, 1), so that guidance
+            has an unconditional model (Ho & Salimans 2021); no effect without classes.
         optimizer: Makes the optimizer from the parameters.
         lr_warmup_steps: The learning rate grows linearly from 0 over so many steps.
         image_shape: (C, H, W) of the images; taken from the data module when None.
@@ -92,6 +116,7 @@ class DDPM(LightningModule):
         loss: Loss = "simple",
         weighting: Weighting = "none",
         timestep_sampling: TimestepSampling = "uniform",
+        label_dropout: float = 0.1,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=2e-3),
         lr_warmup_steps: int = 100,
         image_shape: tuple[int, int, int] | None = None,
@@ -101,7 +126,12 @@ class DDPM(LightningModule):
         super().__init__()
         if lr_warmup_steps < 0:
             raise InputError(f"lr_warmup_steps must be at least 0, got {lr_warmup_steps}")
+        if not 0 <= label_dropout < 1:
+            raise InputError(f"label_dropout must lie in [0, 1), got {label_dropout:g}")
         self.net = net
+        # a user's network need not say that it knows no classes
+        self.num_classes: int = getattr(net, "num_classes", 0)
+        self.label_dropout = label_dropout
         betas = make_betas(schedule, num_timesteps, beta_start, beta_end)
         if zero_terminal_snr:
             betas = rescale_to_zero_snr(betas)
@@ -135,6 +165,7 @@ class DDPM(LightningModule):
             "loss": loss,
             "weighting": weighting,
             "timestep_sampling": timestep_sampling,
+            "label_dropout": label_dropout,
         }
         # The tables are constants: DDP need not broadcast them at every step.
         self._ddp_params_and_buffers_to_ignore = [
@@ -160,7 +191,7 @@ class DDPM(LightningModule):
             arguments = dict(checkpoint["hyper_parameters"])
             module = cls(checkpoints.build(arguments.pop("net")), **arguments)
             module.load_state_dict(state)
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{path}: does not describe a model whole: {reason}") from error
         return module.eval()
@@ -196,6 +227,9 @@ class DDPM(LightningModule):
         sampler: SamplerName | Sampler = "ddpm",
         num_steps: int | None = None,
         batch_size: int = 64,
+        labels: Sequence[int] | None = None,
+        guidance: float | None = None,
+        guidance_rescale: float | None = None,
     ) -> Tensor:
         """Turn seeds into images.
 
@@ -205,13 +239,30 @@ class DDPM(LightningModule):
             sampler: Its name, or a `Sampler` for the less usual options.
             num_steps: Timesteps to visit, for a sampler given by name; None is its default.
             batch_size: Images at a time.
+            labels: The images' classes, one per seed; by default all in turn (see `labels_of`).
+            guidance: See `Guidance`; 1, the conditional model, when None.
+            guidance_rescale: See `Guidance`; 0 when None.
 
         Returns:
             uint8 [N, C, H, W] on the CPU.
         """
         if not isinstance(sampler, Sampler):
             sampler = make_sampler(sampler, num_steps)
-        return torch.cat([images.cpu() for images in self.batches(seeds, sampler, batch_size)])
+        batches = self.batches(
+            seeds,
+            sampler,
+            batch_size,
+            labels=self.labels_of(seeds) if labels is None else labels,
+            guidance=make_guidance(guidance, guidance_rescale),
+        )
+        return torch.cat([images.cpu() for images in batches])
+
+    def labels_of(self, seeds: Sequence[int]) -> list[int] | None:
+        """Give the classes that samples have by default: seed i's is i modulo `num_classes`.
+
+        None for a model without classes.
+        """
+        return [seed % self.num_classes for seed in seeds] if self.num_classes else None
 
     def batches(
         self,
@@ -220,6 +271,8 @@ class DDPM(LightningModule):
         batch_size: int,
         after_step: Callable[[], object] | None = None,
         start: Start | None = None,
+        labels: Sequence[int] | None = None,
+        guidance: Guidance | None = None,
     ) -> Iterator[Tensor]:
         """Yield images batch by batch, uint8 [<= batch_size, C, H, W] on the module's device.
 
@@ -229,16 +282,19 @@ class DDPM(LightningModule):
             batch_size: Images at a time.
             after_step: Called after each step of a chain; what it raises ends the work.
             start: Where in the middle of the chain to start, one x_t per seed (see `denoise`).
+            labels: The images' classes, one per seed; None tells the network none.
+            guidance: How strongly samples are drawn towards their classes.
 
         Raises:
-            InputError: A sample is not finite.
+            InputError: A sample is not finite; or see `denoise`.
         """
         for first in range(0, len(seeds), batch_size):
             part = slice(first, first + batch_size)
             start_of = None if start is None else Start(start.x_t[part], start.t)
+            told = None if labels is None else labels[part]
             step = None
             # not `*_, last`: that keeps all the steps, a thousand batches of images
-            for step in self.denoise(seeds[part], sampler, start_of):  # noqa: B007
+            for step in self.denoise(seeds[part], sampler, start_of, told, guidance):  # noqa: B007
                 if after_step is not None:
                     after_step()
             assert step is not None
@@ -246,7 +302,12 @@ class DDPM(LightningModule):
 
     @torch.no_grad()
     def denoise(
-        self, seeds: Sequence[int], sampler: Sampler, start: Start | None = None
+        self,
+        seeds: Sequence[int],
+        sampler: Sampler,
+        start: Start | None = None,
+        labels: Sequence[int] | None = None,
+        guidance: Guidance | None = None,
     ) -> Iterator[Step]:
         """Run one batch of seeds through the reverse process, yielding every step of the chain.
 
@@ -257,11 +318,19 @@ class DDPM(LightningModule):
             sampler: The sampler.
             start: Where in the middle of the chain to start: the seeds give the noise of the steps
                 that are left. None starts from x_T, which is then the seeds' first draw.
+            labels: The images' classes, one per seed; None tells the network none.
+            guidance: How strongly samples are drawn towards them; None is scale 1.
+
+        Raises:
+            InputError: A seed or label is out of range, or the model was not trained for that.
         """
         if self.image_shape is None:
             raise InputError("image_shape is not known yet: give it to DDPM, or fit first")
         if not all(0 <= seed < NUM_SEEDS for seed in seeds):
             raise InputError(f"seeds must lie in 0..{NUM_SEEDS - 1}")
+        net = self._told(labels, guidance)
+        if labels is not None and len(labels) != len(seeds):
+            raise InputError(f"labels: {len(labels)} of them for {len(seeds)} seeds")
         draw, process = self._draws(seeds, self.image_shape), self.process
         if start is not None:
             sampler, process = sampler.below(process, start.t)
@@ -274,9 +343,28 @@ class DDPM(LightningModule):
         was_training = self.net.training
         self.net.eval()
         try:
-            yield from sampler(self, process, draw)
+            yield from sampler(net, process, draw)
         finally:
             self.net.train(was_training)
+
+    def check_guidance(self, guidance: Guidance | None) -> None:
+        """Refuse guidance that the model has not been trained for.
+
+        Raises:
+            InputError: It knows no classes, or has never seen an image without a label.
+        """
+        check_guidance(guidance, self.num_classes, self.label_dropout)
+
+    def _told(self, labels: Sequence[int] | None, guidance: Guidance | None) -> Network:
+        """Give the network as it is for these labels."""
+        self.check_guidance(guidance)
+        if labels is None:
+            if guidance is not None:
+                raise InputError(f"guidance {guidance.scale:g}: needs labels")
+            return self
+        check_labels(labels, self.num_classes)
+        told = to_device(torch.tensor(labels, dtype=torch.int64), self.device)
+        return Guided(self, told, guidance or Guidance())
 
     def _draws(self, seeds: Sequence[int] | NDArray[np.uint64], shape: Sequence[int]) -> Draw:
         """Make the function whose k-th call gives the k-th draw of each seed."""
@@ -286,37 +374,55 @@ class DDPM(LightningModule):
 
     # --- images to loss ------------------------------------------------------------------------
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Run the network at its own precision.
 
         Args:
             x_t: Float [N, C, H, W].
             t: int64 [N].
+            labels: int64 [N] in [0, num_classes], where `num_classes` is no label, as None is.
 
         Returns:
             Its output, [N, C or 2C, H, W] in the dtype of x_t.
+
+        Raises:
+            InputError: There are no labels, and the model has never seen an image without one.
         """
-        output: Tensor = self.net(x_t.to(self._net_dtype), t)
+        if self.num_classes and labels is None:
+            if not self.label_dropout:
+                raise InputError(
+                    "the model was trained with label_dropout 0, and has never seen an image "
+                    "without a label: it can do nothing but sample with labels"
+                )
+            labels = torch.full_like(t, self.num_classes)
+        told = () if labels is None else (labels,)
+        output: Tensor = self.net(x_t.to(self._net_dtype), t, *told)
         return output.to(x_t.dtype)
 
     def losses(self, batch: Batch, seed: int, t: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noise a batch at random timesteps and take the loss of each image.
 
         Args:
-            batch: Images uint8 [N, C, H, W], and the positions that key their draws.
+            batch: Images uint8 [N, C, H, W], the positions that key their draws, and labels, where
+                the network is told them.
             seed: The draws' other key.
             t: The timesteps, int64 [N] on the CPU; drawn uniformly when None.
 
         Returns:
             Losses, float [N], and timesteps, int64 [N].
+
+        Raises:
+            InputError: Labels are needed and missing.
         """
+        if self.num_classes and batch.labels is None:
+            raise InputError("the network is told classes, but the images have no labels")
         x_0 = to_float(batch.images, self._noising_dtype)
         if t is None:
             t = draw_timesteps(seed, batch.positions, self.process.num_timesteps)
         t = to_device(t, self.device)
         noise_seeds = hash_indices(seed, Stream.NOISE, batch.positions)
         noise = NoiseStreams(noise_seeds, self.device).normal(x_0.shape[1:]).to(x_0.dtype)
-        return self._objective(self, x_0, t, noise), t
+        return self._objective(self._given(batch), x_0, t, noise), t
 
     def bound(
         self,
@@ -335,18 +441,20 @@ class DDPM(LightningModule):
             after_step: Called after each t.
 
         Returns:
-            The bound's parts in bits/dim, in the mode in which the network is.
+            The bound's parts in bits/dim, in the mode in which the network is; given their labels
+            where the batch has some.
         """
         x_0 = to_float(batch.images.to(self.device), self._noising_dtype)
         draw = self._draws(hash_indices(seed, Stream.NOISE, batch.positions), x_0.shape[1:])
-        return bound_terms(self, process or self.process, x_0, draw, after_step=after_step)
+        net = self._given(batch)
+        return bound_terms(net, process or self.process, x_0, draw, after_step=after_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Give the loss, and its parts for the callbacks: `losses`, `t` and `weights`, each [N]."""
         torch.manual_seed(self._dropout_seed(batch_idx))
         num_parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
         drawn = self._timesteps.draw(self._seed, batch.positions, len(batch.positions) * num_parts)
-        losses, t = self.losses(batch, self._seed, drawn.t)
+        losses, t = self.losses(self._withhold_labels(batch), self._seed, drawn.t)
         weights = to_device(drawn.weights.to(losses.dtype), self.device)
         if isinstance(self._timesteps, LossSecondMoment):
             self._note(self._timesteps, t, losses.detach(), batch_idx)
@@ -391,8 +499,14 @@ class DDPM(LightningModule):
         state = (*self.net.named_parameters(), *self.net.named_buffers())
         weights = {name: value.to("meta") for name, value in state}
         size = "x".join(map(str, image_shape))
+        told = (t,) if self.num_classes else ()
         try:
-            output = functional_call(self.net, weights, (x, t))
+            output = functional_call(self.net, weights, (x, t, *told))
+        except TypeError as error:
+            raise InputError(
+                f"the network cannot be called as net({'x, t, labels' if told else 'x, t'}): its "
+                f"num_classes is {self.num_classes} ({error})"
+            ) from error
         except InputError as error:
             raise InputError(f"images of {size}: {error} (--data.image_size)") from error
         except RuntimeError as error:
@@ -454,6 +568,20 @@ class DDPM(LightningModule):
             leave_out(optimizer, is_bad)
 
     # --- helpers -------------------------------------------------------------------------------
+
+    def _given(self, batch: Batch) -> Network:
+        """Give the network as it is for these images: told their labels where they have some."""
+        if not self.num_classes or batch.labels is None:
+            return self
+        return partial(self, labels=batch.labels.to(self.device))
+
+    def _withhold_labels(self, batch: Batch) -> Batch:
+        """Replace some labels by "no label": which ones is a function of seed and position."""
+        if batch.labels is None or not self.num_classes:
+            return batch
+        draws = hash_uniform(self._seed, Stream.LABEL, batch.positions)
+        withheld = to_device(torch.from_numpy(draws < self.label_dropout), self.device)
+        return batch._replace(labels=batch.labels.masked_fill(withheld, self.num_classes))
 
     def _note(self, timesteps: LossSecondMoment, t: Tensor, losses: Tensor, batch_idx: int) -> None:
         """Tell the draws of t about a whole step's losses, in the order of the positions.

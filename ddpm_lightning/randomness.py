@@ -28,6 +28,7 @@ class Stream(IntEnum):
     DROPOUT = 5
     STRATUM = 6
     WINDOW = 7
+    LABEL = 10
     CODEC = 16  # compressed files depend on this number
     DERIVED = 17
 

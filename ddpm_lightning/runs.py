@@ -156,8 +156,12 @@ def find_checkpoint(
         The run that `last` and `auto` found, and the checkpoint's path.
 
     Raises:
-        InputError: There is no such checkpoint.
+        InputError: There is no such checkpoint, or the experiment's name is a path to elsewhere.
     """
+    if Path(experiment).is_absolute() or ".." in Path(experiment).parts:
+        raise InputError(
+            f"--experiment {experiment}: leads out of runs/; give a name, or --run_dir FOLDER"
+        )
     if ckpt_path in ("last", "auto"):
         experiment_dir = Path("runs") / experiment
         candidates = [Run(Path(run_dir))] if run_dir else numbered_runs(experiment_dir)[::-1]

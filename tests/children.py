@@ -37,7 +37,7 @@ class Seen(Callback):
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         assert self._inputs is not None
-        x_t, t = self._inputs
+        x_t, t, *_ = self._inputs  # and labels, where the network is told some
         positions = torch.from_numpy(batch.positions)
         self._seen.append({"positions": positions, "images": batch.images, "t": t, "x_t": x_t})
 
@@ -76,13 +76,13 @@ class MortalUNet(BufferedUNet):
         if os.environ.get("DIE_AT") == "0":
             self._meet_fate(Path(os.environ["DIE_MARK"]), int(os.environ["RANK"]))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         mark = os.environ.get("DIE_MARK")
         if mark is not None and not x.is_meta:
             self._num_passes += 1
             if self._num_passes == int(os.environ["DIE_AT"]):
                 self._meet_fate(Path(mark), torch.distributed.get_rank())
-        return super().forward(x, t)
+        return super().forward(x, t, labels)
 
     @staticmethod
     def _meet_fate(mark: Path, rank: int) -> None:
@@ -114,6 +114,6 @@ class SlowUNet(BufferedUNet):
     ) -> None:
         super().__init__(base_channels, channel_mults, attention_levels)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         time.sleep(0.2)
-        return super().forward(x, t)
+        return super().forward(x, t, labels)

@@ -69,6 +69,19 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def labelled(pictures: Path) -> Path:
+    """The same in two folders, one for each class, of dark and of bright images."""
+    folder = pictures.parent / "labelled"
+    for file in sorted(pictures.rglob("*.png")):
+        number = int(file.stem) % 2
+        path = folder / file.parent.name / ("dark", "light")[number] / file.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(file) as image:
+            Image.fromarray(np.asarray(image) // 2 + np.uint8(127 * number)).save(path)
+    return folder
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Tiny networks are no faster on two threads, which wait for each other on busy cores."""

@@ -1,5 +1,6 @@
 """Bad input: one line that names the key or file, status 2, and nothing written or lost."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,18 @@ CONFIGS = {
     "broken.yaml": "model: [1, 2\nfoo: : bar\n",
     "text.yaml": "hello world\n",
     "empty.yaml": "",
+    "twice.yaml": "trainer:\n  max_steps: 3\ndata: {}\ntrainer:\n  max_time: 00:01:00:00\n",
+    "linked.yaml": "data:\n  seed: 3\n",
+    "section.yaml": "ema:\n",
+    "list.yaml": "ema: []\n",
+    "null.yaml": "data:\n  batch_size: null\n",
+    "endless.yaml": "data: &data\n  source: *data\n",
+    "laughs.yaml": "a: &a [1, 1, 1, 1]\n"
+    + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}]\n" for a, b in pairwise("abcdefghijkl")),
+    "deep.yaml": "data: " + "[" * 1000 + "]" * 1000 + "\n",
+    "digits.yaml": f"trainer:\n  max_steps: {'9' * 5000}\n",
+    "zero.yaml": 'run_dir: "a\\0b"\n',
+    "flag.yaml": "print_config: true\n",
 }
 
 
@@ -128,6 +141,17 @@ def test_unknown_names(here: Path, line: str, told: str) -> None:
         ("--config whole.ckpt", "whole.ckpt: not a text file"),
         ("--config missing.yaml", "missing.yaml"),
         ("--config empty", "not a file"),
+        ("--config twice.yaml", "twice.yaml: trainer is given twice (lines 1 and 4)"),
+        ("--config linked.yaml", "linked.yaml: data.seed: give seed_everything, which sets it"),
+        ("--config section.yaml", "section.yaml: ema: holds no options; leave it out"),
+        ("--config list.yaml", "list.yaml: ema: holds no options; leave it out"),
+        ("--config null.yaml", "data.batch_size: expected int, got None"),
+        ("--config endless.yaml", "endless.yaml: not options: nested too deeply"),
+        ("--config laughs.yaml", "laughs.yaml: not options: nested too deeply"),
+        ("--config deep.yaml", "deep.yaml: not options: nested too deeply"),
+        ("--config digits.yaml", "digits.yaml: Exceeds the limit"),
+        ("--config zero.yaml", "zero.yaml: run_dir: holds a character of code 0"),
+        ("--config flag.yaml", "no option print_config; did you mean config?"),
         ("--config value.yaml", "data.batch_size: expected int, got many"),
         ("--config", "--config: expected one argument"),
     ],
@@ -152,6 +176,10 @@ def test_configs(here: Path, line: str, told: str) -> None:
         ("model.timestep_sampling x", "'uniform', 'stratified', 'loss_second_moment', got x"),
         ("model.zero_terminal_snr maybe", "expected bool, got maybe"),
         ("model.net.base_channels x", "base_channels: expected int, got x"),
+        (
+            "model.net.dropout null",
+            "model.net: ddpm_lightning.UNet: dropout: expected float, got None",
+        ),
         ("model.net.channel_mults 1,2", "channel_mults: expected Sequence, got 1,2"),
         ("model.optimizer.lr x", "lr: expected float"),
         ("trainer.max_steps x", "expected int, got x"),
@@ -286,6 +314,8 @@ def test_a_broken_image_stops_or_is_left_out(tmp_path: Path) -> None:
         ("fit --run_dir full", "--run_dir full: not empty"),
         ("fit --run_dir file", "--run_dir file: a file"),
         ("fit --run_dir file/x", "file/x"),
+        ("fit --experiment ../x", "--experiment ../x: leads out of runs/"),
+        ("validate --experiment /x --ckpt_path last", "--experiment /x: leads out of runs/"),
         ("fit --run_dir empty --trainer.devices 0", "--trainer"),
         ("fit --run_dir new/folder --data.batch_size 5000", "--data.batch_size 5000"),
         ("fit --ckpt_path last", "--ckpt_path last: no checkpoint under runs/digits"),

@@ -54,6 +54,7 @@ def pretend(
         global_step=step,
         overfit_batches=0,
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        lightning_module=None,
     )
     return data
 

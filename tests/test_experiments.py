@@ -111,7 +111,8 @@ def take_one_step(config: Any, size: int) -> None:
     before = [parameter.clone() for parameter in model.net.parameters()]
     assert model.image_shape is not None
     images = torch.randint(256, (1, *model.image_shape), dtype=torch.uint8)
-    losses, _ = model.losses(Batch(images, np.array([3])), seed=0)
+    labels = torch.tensor([7]) if model.num_classes else None
+    losses, _ = model.losses(Batch(images, np.array([3]), labels), seed=0)
     losses.mean().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     assert losses.isfinite().all()
@@ -213,6 +214,18 @@ def test_large_network_has_the_size_of_the_papers(monkeypatch: pytest.MonkeyPatc
     assert num_parameters(config) == 255_677_955
     assert config.trainer.max_steps == 1_150_000
     assert not config.data.flip
+
+
+def test_conditional_overlay_takes_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = parse("fashion_mnist", monkeypatch)
+    config = parse("fashion_mnist/conditional", monkeypatch)
+    assert config.samples.guidance == 2
+    take_one_step(config, 28)
+    config.samples.guidance = None
+    assert config.model.net.init_args.pop("num_classes") == 10
+    assert plain.model.net.init_args.pop("num_classes") == 0
+    for part in ("model", "data", "samples", "ema", "trainer", "checkpoints"):
+        assert config[part] == plain[part], part
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from ddpm_lightning.errors import InputError, Stopped
 from ddpm_lightning.nonfinite import keep_if_bad, select
 from ddpm_lightning.runs import RunLock
 from tests.command_line import TINY, run_here, tree
-from tests.test_resume import kill_when_there, start_fit
+from tests.fit_process import kill_when_there, start_fit
 from tests.training import (
     MemoryLogger,
     Recorder,

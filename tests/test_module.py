@@ -240,6 +240,7 @@ def test_a_checkpoint_holds_plain_values_and_network_keys(trained: tuple[Path, D
         "loss": "simple",
         "weighting": "none",
         "timestep_sampling": "uniform",
+        "label_dropout": 0.1,
         "image_shape": [1, 8, 8],
     }
 

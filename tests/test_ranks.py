@@ -134,6 +134,24 @@ def test_two_nodes_train_as_one(
 
 
 @pytest.mark.slow
+def test_conditional_training_does_not_depend_on_ranks(
+    labelled: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which labels are withheld is a function of the position; so are the labels themselves."""
+    monkeypatch.setenv("DDPM_LIGHTNING_CACHE", str(cache))
+    told = ["--model.net.num_classes", "2", "--model.label_dropout", "0.5"]
+    told += ["--samples.guidance", "2"]
+    one, halves, ranks = (tmp_path / name for name in ("one", "halves", "ranks"))
+    fit_here(*options(labelled, one, "64-true"), *told)
+    fit_here(*options(labelled, halves, "64-true", accumulate_grad_batches=2), *told)
+    assert_equal_runs(halves, one, 1e-12)
+    both = options(labelled, ranks, "64-true", devices=2, strategy="ddp")
+    output = launch(tmp_path, labelled, "fit", *both, *told)
+    assert_equal_runs(ranks, one, 1e-12)
+    assert_written_once(ranks, output)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_training_does_not_depend_on_four_ranks(
     accumulate: int,

@@ -1,9 +1,5 @@
 """Training N steps and resuming for N more is training 2N steps, to the last bit."""
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +7,17 @@ import pytest
 import torch
 
 from ddpm_lightning.callbacks import EMA, Checkpoints, Curves, Samples
-from tests.command_line import heed_interrupts
 from tests.conftest import NUM_TRAIN
+from tests.faults import survive
 from tests.training import (
     MemoryLogger,
     Recorder,
     assert_same_training,
-    load,
     make_data,
     make_trainer,
-    scalars,
     tiny_module,
     tiny_net,
 )
-
-ROOT = Path(__file__).parent.parent
 
 
 class Train:
@@ -113,90 +105,10 @@ def test_resuming_is_going_on(
             assert train.logger.scalars["train/loss"][12] == curves["train/loss"][12]
 
 
-OPTIONS = {
-    "trainer.accelerator": "cpu",
-    "trainer.max_steps": 200,
-    "trainer.log_every_n_steps": 10,
-    "trainer.val_check_interval": 20,
-    "trainer.enable_progress_bar": "false",
-    "data.batch_size": 8,
-    "model.net.base_channels": 32,
-    "model.net.channel_mults": "[1]",
-    "model.net.attention_levels": "[]",
-    "model.net.dropout": 0.1,
-    "model.num_timesteps": 20,
-    "samples.every_n_steps": 0,
-    "fid.every_n_steps": 0,
-    "checkpoints.every_n_steps": 10,
-    "checkpoints.keep_every_n_steps": 30,
-}
-
-
-def start_fit(folder: Path, pictures: Path, *arguments: str) -> subprocess.Popen[str]:
-    options = [text for key, value in OPTIONS.items() for text in (f"--{key}", str(value))]
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "ddpm_lightning", "fit", "--data.source", str(pictures)),
-            *options,
-            *arguments,
-        ],
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "DDPM_LIGHTNING_CACHE": str(pictures.parent / "cache"),
-        },
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        preexec_fn=heed_interrupts,
-    )
-
-
-def kill_when_there(process: subprocess.Popen[str], path: Path) -> None:
-    """Wait for a file, at most two minutes, and kill the process at once."""
-    try:
-        for _ in range(6000):
-            if path.exists():
-                break
-            try:
-                process.wait(0.02)
-            except subprocess.TimeoutExpired:
-                continue
-            break
-    finally:
-        process.kill()
-    output = process.communicate(timeout=60)[0]
-    assert path.exists(), output
-    assert process.returncode == -signal.SIGKILL, output
-
-
 def test_a_killed_run_goes_on_where_it_was(pictures: Path, tmp_path: Path) -> None:
-    whole = start_fit(tmp_path, pictures, "--run_dir", "whole")
-    killed = start_fit(tmp_path, pictures, "--run_dir", "killed")
-    folder = tmp_path / "killed" / "checkpoints"
-    try:
-        kill_when_there(killed, folder / "step=30.ckpt")
-        before = load(folder / "last.ckpt")["global_step"]
-        assert 20 <= before < 200
-        resumed = start_fit(tmp_path, pictures, "--run_dir", "killed", "--ckpt_path", "last")
-        output = resumed.communicate(timeout=300)[0]
-        assert resumed.returncode == 0, output
-        output = whole.communicate(timeout=300)[0]
-        assert whole.returncode == 0, output
-    finally:
-        whole.kill()
-    for name in ("last", "best", *(f"step={step}" for step in (30, 60, 90, 120, 150, 180, 200))):
-        ours, theirs = folder / f"{name}.ckpt", tmp_path / "whole" / "checkpoints" / f"{name}.ckpt"
-        assert_same_training(ours, theirs)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
-    assert not [path for path in folder.iterdir() if path.suffix != ".ckpt"]
-    configs = [path.name for path in (tmp_path / "killed").glob("*.yaml")]
-    assert configs == ["config.yaml"]
-    # Each step of each curve is there once, and what can be equal is.
-    for tag in ("val/loss", "val/loss_ema", "train/lr", "train/grad_norm", "train/loss"):
-        curve = scalars(tmp_path / "killed", tag)
-        assert curve == scalars(tmp_path / "whole", tag), tag
-        interval = 20 if tag.startswith("val") else 10
-        assert list(curve) == list(range(interval, 201, interval))
+    """Killed in the write of a checkpoint, then in training."""
+    first, second = survive(tmp_path, pictures, num_kills=2, seed=0)
+    assert first.whole is not None
+    assert second.started_at is not None
+    assert 10 <= second.started_at <= first.whole
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["killed", "whole"]

@@ -41,13 +41,16 @@ class BufferedUNet(UNet):
         base_channels: int = 64,
         channel_mults: Sequence[int] = (1,),
         attention_levels: Sequence[int] = (),
+        num_classes: int = 0,
     ) -> None:
-        super().__init__(1, 1, base_channels, channel_mults, 1, attention_levels)
+        super().__init__(
+            1, 1, base_channels, channel_mults, 1, attention_levels, num_classes=num_classes
+        )
         self.register_buffer("count", torch.ones(3), persistent=False)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         assert len(x), "an empty batch"
-        return super().forward(x, t)
+        return super().forward(x, t, labels)
 
 
 def tiny_net(dropout: float = 0.0) -> UNet:

@@ -210,3 +210,5 @@ def _link(source: Path, target: Path) -> None:
     except OSError:  # a file system without hard links
         write_atomically(part, lambda file: file.write(source.read_bytes()))
     part.replace(target)
+    # a rename between two names of one file does nothing
+    part.unlink(missing_ok=True)

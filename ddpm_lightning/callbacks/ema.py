@@ -114,7 +114,11 @@ class EMA(Callback):
         self, trainer: Trainer, pl_module: DDPM, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the average until the module is on its device."""
-        self._restored = checkpoint.get("ema_state_dict", {})
+        restored = checkpoint.get("ema_state_dict", {})
+        for name, parameter in pl_module.net.named_parameters():
+            if restored.get(f"net.{name}", parameter).shape != parameter.shape:
+                raise ValueError(f"the average of net.{name} is not shaped like it")
+        self._restored = restored
 
     # --- validation ----------------------------------------------------------------------------
 

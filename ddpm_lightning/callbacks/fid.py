@@ -22,7 +22,6 @@ from ddpm_lightning.callbacks.shared import (
 from ddpm_lightning.callbacks.signals import Interrupted, check_signals, is_stopping
 from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.data.batches import Batch
-from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics.features import Extractor, make_extractor
 from ddpm_lightning.metrics.judge import (
@@ -34,6 +33,7 @@ from ddpm_lightning.metrics.judge import (
     warnings_of,
 )
 from ddpm_lightning.metrics.record import (
+    describe_guidance,
     describe_sampler,
     make_protocol,
     make_record,
@@ -41,7 +41,12 @@ from ddpm_lightning.metrics.record import (
 )
 from ddpm_lightning.metrics.reference import Reference, reference_of
 from ddpm_lightning.module import DDPM
-from ddpm_lightning.samplers import SamplerName, make_sampler
+from ddpm_lightning.samplers import (
+    SamplerName,
+    count_evaluations,
+    make_guidance,
+    make_sampler,
+)
 
 
 class FID(Callback):
@@ -65,6 +70,8 @@ class FID(Callback):
         num_steps: Timesteps to visit; None is the sampler's default.
         spacing: Which timesteps those are, as `sample` has it; None is the sampler's default.
         batch_size: Samples at a time on each device.
+        guidance: How strongly samples are drawn towards their classes, of which seed i's is i
+            modulo their number; None, which is 1, for a network without classes.
     """
 
     def __init__(
@@ -79,6 +86,7 @@ class FID(Callback):
         num_steps: int | None = 20,
         spacing: str | None = None,
         batch_size: int = 64,
+        guidance: float | None = None,
     ) -> None:
         if every_n_steps < 0:
             raise InputError(f"--fid.every_n_steps {every_n_steps}: must be at least 0")
@@ -92,6 +100,7 @@ class FID(Callback):
         self.weights = weights
         with sampler_options("fid"):
             self.sampler = make_sampler(sampler, num_steps, spacing=spacing)
+            self.guidance = make_guidance(guidance, rescale=None)
         self.batch_size = batch_size
         self.latest: dict[str, float] = {}
         self.seconds = 0.0
@@ -124,12 +133,13 @@ class FID(Callback):
             self._extractor = make_extractor(self._extractor_name, self._extractor_weights)
         return self._extractor
 
-    def check(self, process: Process, ema: EMA | None) -> None:
+    def check(self, model: DDPM, ema: EMA | None) -> None:
         """Refuse early what cannot be judged.
 
         Raises:
             InputError: The extractor or its weights are missing, it cannot serve the metrics, the
-                schedule has not the sampler's timesteps, or there is no average of the weights.
+                schedule has not the sampler's timesteps, there is no average of the weights, or the
+                network cannot be guided.
         """
         if "ema" in self.weights and (ema is None or ema.decay == 0):
             raise InputError(
@@ -137,7 +147,8 @@ class FID(Callback):
                 "--fid.weights [raw], or judge never with --fid.every_n_steps 0"
             )
         with sampler_options("fid"):
-            self.sampler.respace(process)
+            self.sampler.respace(model.process)
+            model.check_guidance(self.guidance)
         check_metrics(self.metrics, self.extractor, self.num_images)
 
     def share_of_time(self) -> float:
@@ -160,7 +171,7 @@ class FID(Callback):
         self._step = self._judged_step = trainer.global_step
         if not self.every_n_steps:
             return
-        self.check(pl_module.process, find_callback(trainer, EMA))
+        self.check(pl_module, find_callback(trainer, EMA))
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
             raise InputError("the FID callback needs a data module: its images are the reference")
@@ -244,7 +255,8 @@ class FID(Callback):
                     "sampler": describe_sampler(
                         self.sampler, self.sampler.count_steps(pl_module.process)
                     ),
-                    "nfe": self.sampler.count_evaluations(pl_module.process),
+                    "nfe": count_evaluations(self.sampler, pl_module.process, self.guidance),
+                    "guidance": describe_guidance(self.guidance, pl_module.num_classes),
                     "seeds": f"0-{self.num_images - 1}",
                     "batch_size": self.batch_size,
                     "world_size": trainer.world_size,
@@ -273,7 +285,12 @@ class FID(Callback):
             **bar_options(),
         ) as bar:
             batches = pl_module.batches(
-                seeds, self.sampler, self.batch_size, lambda: check_signals(trainer)
+                seeds,
+                self.sampler,
+                self.batch_size,
+                lambda: check_signals(trainer),
+                labels=pl_module.labels_of(seeds),
+                guidance=self.guidance,
             )
             for images in batches:
                 collector.add(images)

@@ -1,5 +1,6 @@
 """Pictures while it trains."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,16 @@ from ddpm_lightning.callbacks.shared import (
 )
 from ddpm_lightning.callbacks.signals import Interrupted, check_signals, is_stopping
 from ddpm_lightning.data.datamodule import Batch
-from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.images import channel_statistics, make_grid, to_uint8, write_png
+from ddpm_lightning.images import (
+    channel_statistics,
+    make_class_grid,
+    make_grid,
+    to_uint8,
+    write_png,
+)
 from ddpm_lightning.module import DDPM
-from ddpm_lightning.samplers import SamplerName, make_sampler
+from ddpm_lightning.samplers import SamplerName, make_guidance, make_sampler
 
 STRIP_IMAGES = 4
 STRIP_STEPS = 10
@@ -48,6 +54,8 @@ class Samples(Callback):
         num_steps: Timesteps to visit; None is the sampler's default.
         spacing: Which timesteps those are, as `sample` has it; None is the sampler's default.
         num_train: Training images that samples are compared with; 0 compares none.
+        guidance: How strongly images are drawn towards their classes, in a grid with a row for each
+            class; None, which is 1, for a network without classes.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class Samples(Callback):
         num_steps: int | None = None,
         spacing: str | None = None,
         num_train: int = 10_000,
+        guidance: float | None = None,
     ) -> None:
         if min(every_n_steps, num_train) < 0 or num_images < 1:
             raise InputError(
@@ -68,6 +77,7 @@ class Samples(Callback):
         self.num_images = num_images
         with sampler_options("samples"):
             self.sampler = make_sampler(sampler, num_steps, spacing=spacing)
+            self.guidance = make_guidance(guidance, rescale=None)
         self._neighbours = TrainingNeighbours(num_train) if num_train else None
         self.latest: Path | None = None
         self._step = 0
@@ -82,22 +92,24 @@ class Samples(Callback):
         """Take up what is owed."""
         self._is_owed = state_dict["is_owed"]
 
-    def check(self, process: Process) -> None:
+    def check(self, model: DDPM) -> None:
         """Refuse early what cannot be drawn.
 
         Raises:
-            InputError: The schedule has not the sampler's timesteps.
+            InputError: The schedule has not the sampler's timesteps, or the network cannot be
+                guided.
         """
         if self.every_n_steps:
             with sampler_options("samples"):
-                self.sampler.respace(process)
+                self.sampler.respace(model.process)
+                model.check_guidance(self.guidance)
 
     def on_train_start(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Note the step that a resumed run goes on from, and refuse impossible options early."""
         self._step = trainer.global_step
         make_run_folder(trainer)
         is_owed, self._is_owed = self._is_owed, False
-        self.check(pl_module.process)
+        self.check(pl_module)
         if self.every_n_steps and is_owed:
             self._draw(trainer, pl_module)
 
@@ -134,11 +146,19 @@ class Samples(Callback):
             with ema.scope(pl_module):
                 grids["ema"], strip = self._sample(trainer, pl_module)
         if trainer.is_global_zero:
-            self._write(trainer, grids, strip)
+            self._write(trainer, grids, strip, pl_module.labels_of(range(self.num_images)))
 
-    def _write(self, trainer: Trainer, grids: dict[str, Tensor], strip: Tensor) -> None:
+    def _write(
+        self,
+        trainer: Trainer,
+        grids: dict[str, Tensor],
+        strip: Tensor,
+        labels: Sequence[int] | None,
+    ) -> None:
         best = grids.get("ema", grids["raw"])
-        pictures = {f"samples/{name}": make_grid(images) for name, images in grids.items()}
+        pictures = {
+            f"samples/{name}": make_class_grid(images, labels) for name, images in grids.items()
+        }
         pictures["samples/denoising"] = strip
         scalars = _channel_scalars(trainer, best)
         if self._neighbours is not None and trainer.datamodule is not None:  # type: ignore[attr-defined]
@@ -146,7 +166,7 @@ class Samples(Callback):
             pictures["neighbours"] = compared.picture
             scalars |= compared.scalars
         self.latest = run_folder(trainer, "samples") / f"step={trainer.global_step}.png"
-        write_png(self.latest, make_grid(best))
+        write_png(self.latest, make_class_grid(best, labels))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for name, picture in pictures.items():
@@ -193,7 +213,9 @@ class Samples(Callback):
         columns = [images.new_empty(0, 2, *pl_module.image_shape)] * len(shown)
         if seeds:
             columns = []
-            for index, step in enumerate(pl_module.denoise(seeds, self.sampler)):
+            labels = pl_module.labels_of(seeds)
+            chain = pl_module.denoise(seeds, self.sampler, labels=labels, guidance=self.guidance)
+            for index, step in enumerate(chain):
                 check_signals(trainer)
                 if index in shown:
                     pair = torch.stack([step.x_prev, step.pred_x_0], dim=1)[:num_chains]

@@ -1,8 +1,9 @@
-"""What goes wrong while training, told in one line: memory, disks."""
+"""What goes wrong while training, told in one line: memory, disks, checkpoints of others."""
 
 import shlex
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Protocol
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.connectors import checkpoint_connector
 from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
 from ddpm_lightning.callbacks.signals import is_stopping, leave_quietly, stop
@@ -29,11 +31,12 @@ class Job(Protocol):
     run: Run | None
     trainer: Trainer
     datamodule: ImageDataModule
+    ckpt_path: str | None
 
 
 @contextmanager
 def told_in_one_line(job: Job) -> Iterator[None]:
-    """Make of what the machine refuses an `InputError` that says where and what helps."""
+    """Make of what machine or checkpoint refuse an `InputError` that says where and what helps."""
     hook = threading.excepthook
     threading.excepthook = _without_tensorboards
     try:
@@ -43,16 +46,39 @@ def told_in_one_line(job: Job) -> Iterator[None]:
             stop(job.trainer)
         leave_quietly(job.trainer, 2)
         raise
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except InputError:
+        raise
+    except Exception as error:
+        told = _told(job, error)
+        if told is None:
             raise
-        raise InputError(_told_of_memory(job, error)) from error
-    except OSError as error:
-        if job.run is None or error.errno not in DISK_ERRORS:
-            raise
-        raise InputError(_told_of_disk(job.run, error)) from error
+        raise InputError(told) from error
     finally:
         threading.excepthook = hook
+
+
+def _told(job: Job, error: Exception) -> str | None:
+    if is_out_of_memory(error):
+        return _told_of_memory(job, error)
+    if isinstance(error, OSError):
+        is_disk = error.errno in DISK_ERRORS
+        return _told_of_disk(job.run, error) if job.run is not None and is_disk else None
+    if _is_of_restoring(error):
+        return f"{job.ckpt_path}: cannot go on from it: {type(error).__name__}: {error}"
+    return None
+
+
+def _is_of_restoring(error: Exception) -> bool:
+    """Tell whether Lightning, or what it called, could not take what a checkpoint holds.
+
+    What other versions and programs write into one is theirs; its errors are of any type.
+    """
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(
+        frame.f_code.co_filename == checkpoint_connector.__file__
+        and frame.f_code.co_name.lstrip("_").startswith(("restore", "resume"))
+        for frame in frames
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

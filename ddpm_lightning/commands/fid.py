@@ -25,7 +25,15 @@ from ddpm_lightning.metrics.features import make_extractor
 from ddpm_lightning.metrics.judge import METRICS, check_metrics, metric_titles
 from ddpm_lightning.metrics.record import make_protocol, protocol_differences, read_record
 from ddpm_lightning.runs import is_rank_zero
-from ddpm_lightning.samplers import Clip, Sampler, SamplerName, make_sampler, options_of
+from ddpm_lightning.samplers import (
+    Clip,
+    Guidance,
+    Sampler,
+    SamplerName,
+    make_guidance,
+    make_sampler,
+    options_of,
+)
 
 NUM_IMAGES = 50_000  # Heusel et al. 2017; fewer give larger distances
 
@@ -44,6 +52,8 @@ def fid(
     eta: float | None = None,
     spacing: str | None = None,
     clip: Clip | None = None,
+    guidance: str | None = None,
+    guidance_rescale: float | None = None,
     out: str | None = None,
     batch_size: int = 64,
     watch: bool = False,
@@ -55,9 +65,9 @@ def fid(
 ) -> int:
     """Judge checkpoints and images.
 
-    Each combination of checkpoint, weights, sampler and num_steps is a row. OUT gets sweep.json,
-    sweep.csv, sweep.png and a record of each row; rows that are there already are not judged
-    again, so that the same command goes on where it was interrupted.
+    Each combination of checkpoint, weights, sampler, num_steps and guidance is a row. OUT gets
+    sweep.json, sweep.csv, sweep.png and a record of each row; rows that are there already are not
+    judged again, so that the same command goes on where it was interrupted.
 
     Args:
         subjects: Checkpoints, run folders (all their step=N.ckpt), folders of images, or .npz files
@@ -79,6 +89,9 @@ def fid(
         eta: Share of fresh noise for ddim, from 0 (deterministic, the default) to 1.
         spacing: Which timesteps those are, as `sample` has it.
         clip: What happens to the predicted x_0, as `sample` has it: static, dynamic or none.
+        guidance: How strongly samples are drawn towards their classes, such as 2 or 1,1.5,2; the
+            class of seed i is i modulo their number.
+        guidance_rescale: As `sample` has it.
         out: The output folder; RUN/fid_sweep for checkpoints of one run, else fid_sweep beside the
             first subject.
         batch_size: Images at a time on each device.
@@ -105,7 +118,8 @@ def fid(
     samplers = make_samplers(sampler, num_steps, eta, spacing, clip)
     if num_repeats < 1 or batch_size < 1:
         raise InputError("--num_repeats and --batch_size must be at least 1")
-    read = CheckpointReader(kinds, samplers)
+    guidances = make_guidances(guidance, guidance_rescale)
+    read = CheckpointReader(kinds, samplers, guidances)
     run = await_first_checkpoint(subjects) if watch else None
     found = find_subjects(subjects, read)
     count = settle_num_images(found, num_images, num_repeats, NUM_IMAGES)
@@ -120,12 +134,14 @@ def fid(
     if is_rank_zero():
         folder.claim()
     results = Results(folder, draws_each=watch)
-    rows = results.expect(make_rows(found, kinds, samplers))
+    rows = results.expect(make_rows(found, kinds, samplers, guidances))
     watcher = None
     if run is not None:
         watcher = Watcher(
             run,
-            lambda paths: results.expect(make_rows([*map(read, paths)], kinds, samplers)),
+            lambda paths: results.expect(
+                make_rows([*map(read, paths)], kinds, samplers, guidances)
+            ),
             [subject.path for subject in found],
         )
     if rows or watcher is not None:
@@ -173,6 +189,23 @@ def make_samplers(
         for name in chosen
         for count in counts
     ]
+
+
+def make_guidances(scales: str | None, rescale: float | None) -> list[Guidance | None]:
+    """Make guidance of each of the scales, numbers divided by commas.
+
+    Raises:
+        InputError: One is no number, out of range, or there twice.
+    """
+    if scales is None:
+        return [make_guidance(None, rescale)]
+    try:
+        numbers = [float(word) for word in scales.split(",")]
+    except ValueError as error:
+        raise InputError(f"--guidance {scales}: say something like 2 or 1,1.5,2") from error
+    if len(set(numbers)) < len(numbers):
+        raise InputError(f"--guidance {scales}: names a number twice")
+    return [make_guidance(number, rescale) for number in numbers]
 
 
 def default_folder(subjects: Sequence[Subject]) -> Path:

@@ -4,15 +4,19 @@ import inspect
 import re
 import sys
 from argparse import ArgumentError
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 import docstring_parser
+import yaml
 from jsonargparse import ArgumentParser
+from jsonargparse._link_arguments import ActionLink
 
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.randomness import NUM_SEEDS
 
 Name = TypeVar("Name", bound=str)
 
@@ -40,6 +44,11 @@ _READABLE = [
 ]
 
 
+# Of a file of options: ten times what any has.
+_MAX_DEPTH = 50
+_MAX_NODES = 10_000
+
+
 class LineErrors(ArgumentParser):
     """A parser whose errors are one line that names the key and the nearest right one."""
 
@@ -55,6 +64,32 @@ class LineErrors(ArgumentParser):
         finally:
             self._config = None
 
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
+        """Parse what a --config file holds, if it is what a file of options may be."""
+        try:
+            nodes = _check_yaml(content)
+            for action in self._actions:
+                if isinstance(action, ActionLink) and action.target[0] in nodes:
+                    # on a command line it is refused; in a file it would be ignored
+                    key, source = action.target[0], action.source[0][0]
+                    self.error(f'Linked "{key}" must be given via "{source}"')
+            for section in self.groups or ():
+                if section in nodes and not isinstance(nodes[section], yaml.MappingNode):
+                    self.error(f"{section}: holds no options; leave it out")
+            return super().parse_string(content, *args, **kwargs)
+        except ValueError as error:  # numbers of more digits than Python reads
+            self.error(str(error))
+
+    def validate(self, namespace: Any, skip_unset: bool = True, **kwargs: Any) -> None:
+        """Check the values' types, of null too, which would else pass for any type."""
+        super().validate(namespace, skip_unset, **kwargs)  # what is missing is told as that
+        given = namespace.clone()
+        for action in self._actions:
+            # of several words, not given: it would look for each of them
+            if action.nargs and given.get(action.dest, ()) is None:
+                del given[action.dest]
+        super().validate(given, skip_unset=False, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with status 2."""
         text = _readable(" ".join(str(ex or message).split()))
@@ -64,6 +99,45 @@ class LineErrors(ArgumentParser):
         place = f"{self._config}: " if self._config else ""
         sys.stderr.write(f"error: {place}{text}\n")
         sys.exit(2)
+
+
+def _check_yaml(text: str) -> dict[str, yaml.Node]:
+    """Refuse what YAML allows but no file of options means.
+
+    Returns:
+        The values of all levels by their keys, joined by dots.
+
+    Raises:
+        ValueError: It holds a key twice, of which the first would be lost; or it is nested without
+            end, or so deeply or often that reading it would not end.
+    """
+    try:
+        root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError:
+        return {}  # the parser says it
+    found: dict[str, yaml.Node] = {}
+    nodes = deque([(root, "", 0)])
+    num_nodes = 0
+    while nodes:
+        node, prefix, depth = nodes.pop()
+        num_nodes += 1
+        if depth > _MAX_DEPTH or num_nodes > _MAX_NODES:  # *names lead to the same node again
+            raise ValueError("not options: nested too deeply, or by *names to too many values")
+        if isinstance(node, yaml.ScalarNode) and "\0" in node.value:  # no path or name has one
+            raise ValueError(f"{prefix.removesuffix('.')}: holds a character of code 0")
+        if isinstance(node, yaml.SequenceNode):
+            nodes += [(item, f"{prefix}[].", depth + 1) for item in node.value]
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                name, line = str(key.value), key.start_mark.line + 1
+                if name in lines:
+                    place = f"lines {lines[name]} and {line}"
+                    raise ValueError(f"{prefix}{name} is given twice ({place}); keep one of them")
+                lines[name] = line
+                found[prefix + name] = value
+                nodes.append((value, f"{prefix}{name}.", depth + 1))
+    return found
 
 
 def _readable(text: str) -> str:
@@ -94,7 +168,8 @@ def _either(errors: list[str], value: str) -> str:
 def _suggest(text: str, names: list[str]) -> str:
     """Give the nearest of the names to an unknown option, as a clause; "" for none."""
     match = re.fullmatch(r"no option (--)?(\S+)", text)
-    near = get_close_matches(match[2], names, n=1) if match else []
+    # what only the command line has is not in a file, though its name is right
+    near = get_close_matches(match[2], set(names) - {match[2]}, n=1) if match else []
     return f"; did you mean {match[1] or ''}{near[0]}?" if match and near else ""
 
 
@@ -165,6 +240,24 @@ def split_numbers(option: str, text: str, least: int = 1) -> list[int]:
     if len({int(word) for word in words}) < len(words):
         raise InputError(f"{option} {text}: names a number twice")
     return [int(word) for word in words]
+
+
+def parse_ranges(option: str, text: str, example: str) -> list[int]:
+    """Read whole numbers and ranges of them, divided by commas, below the number of seeds.
+
+    Raises:
+        InputError: One is something else, or a range does not rise.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise InputError(f"{option} {text}: say something like {example}")
+        start, stop = int(first), int(last or first) + 1
+        if not start < stop <= NUM_SEEDS:
+            raise InputError(f"{option} {text}: ranges rise, within 0-{NUM_SEEDS - 1}")
+        numbers += range(start, stop)
+    return numbers
 
 
 def _option_names(parser: Any) -> list[str]:

@@ -15,10 +15,10 @@ from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.commands.run_config import RunConfig
 from ddpm_lightning.commands.subjects import Checkpoint, StoredImages, Subject
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.metrics.record import describe_sampler, sampler_slug
+from ddpm_lightning.metrics.record import describe_guidance, describe_sampler, sampler_slug
 from ddpm_lightning.module import DDPM
 from ddpm_lightning.randomness import NUM_SEEDS
-from ddpm_lightning.samplers import Sampler
+from ddpm_lightning.samplers import Guidance, Sampler, count_evaluations
 
 Batches = Callable[[Sequence[int]], Iterator[Tensor]]
 """Gives images by their numbers, batch by batch: uint8 [n, C, H, W]."""
@@ -68,26 +68,36 @@ class SampledRow(Row):
     checkpoint: Checkpoint
     weights: Weights
     sampler: Sampler
+    guidance: Guidance | None = None
 
     @property
     def name(self) -> str:
-        """Such as step=500-ema-ddim-50."""
-        return f"{self.checkpoint.path.stem}-{self.weights}-{sampler_slug(self._sampler())}"
+        """Such as step=500-ema-ddim-50-guidance2."""
+        words = [self.checkpoint.path.stem, self.weights, sampler_slug(self._sampler())]
+        words += [] if self.guidance is None else self.guidance.words
+        return "-".join(words).replace(" ", "")
 
     @property
     def identity(self) -> list[Any]:
-        """The checkpoint's content, the weights, the sampler."""
-        return [self.checkpoint.sha256, self.weights, self._sampler()]
+        """The checkpoint's content, the weights, the sampler, the guidance where there is some."""
+        told = [] if self._guidance == "none" else [self._guidance]
+        return [self.checkpoint.sha256, self.weights, self._sampler(), *told]
 
     @property
     def nfe(self) -> int:
-        """The sampler's."""
-        return self.sampler.count_evaluations(self.checkpoint.process)
+        """The sampler's, times one or two."""
+        return count_evaluations(self.sampler, self.checkpoint.process, self.guidance)
 
     def open(self, device: torch.device, batch_size: int) -> Batches:
         """Load the model."""
         model = DDPM.from_checkpoint(self.checkpoint.path, self.weights).to(device)
-        return lambda seeds: model.batches(seeds, self.sampler, batch_size)
+        return lambda seeds: model.batches(
+            seeds,
+            self.sampler,
+            batch_size,
+            labels=model.labels_of(seeds),
+            guidance=self.guidance,
+        )
 
     def describe(self) -> dict[str, Any]:
         """Say what it was sampled from, and how."""
@@ -95,8 +105,12 @@ class SampledRow(Row):
             **describe_checkpoint(self.checkpoint, self.weights),
             "sampler": self._sampler(),
             "nfe": self.nfe,
-            "guidance": "none",
+            "guidance": self._guidance,
         }
+
+    @property
+    def _guidance(self) -> dict[str, Any] | str:
+        return describe_guidance(self.guidance, self.checkpoint.num_classes)
 
     def _sampler(self) -> dict[str, Any]:
         return describe_sampler(self.sampler, self.sampler.count_steps(self.checkpoint.process))
@@ -164,15 +178,23 @@ def describe_checkpoint(checkpoint: Checkpoint, weights: Weights) -> dict[str, A
 
 
 def make_rows(
-    subjects: Sequence[Subject], weights: Sequence[Weights], samplers: Sequence[Sampler]
+    subjects: Sequence[Subject],
+    weights: Sequence[Weights],
+    samplers: Sequence[Sampler],
+    guidances: Sequence[Guidance | None],
 ) -> list[Row]:
-    """Combine each checkpoint with all weights and samplers; images from the disk are one row."""
+    """Combine each checkpoint with all else; images from the disk are one row."""
     rows: list[Row] = []
     for subject in subjects:
         if isinstance(subject, StoredImages):
             rows.append(StoredRow(subject))
         else:
-            rows += [SampledRow(subject, kind, sampler) for kind in weights for sampler in samplers]
+            rows += [
+                SampledRow(subject, kind, sampler, guidance)
+                for kind in weights
+                for sampler in samplers
+                for guidance in guidances
+            ]
     return list({row.key: row for row in rows}.values())
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,14 +10,15 @@ from torch import Tensor
 
 from ddpm_lightning.checkpoints import Weights, file_sha256, load_checkpoint
 from ddpm_lightning.commands.batch_task import BatchTask
-from ddpm_lightning.commands.options import parse_options
+from ddpm_lightning.commands.classes import Classes, choose_classes
+from ddpm_lightning.commands.options import parse_options, parse_ranges
 from ddpm_lightning.commands.settings import claim_folder
 from ddpm_lightning.commands.shell import announce, run_command
 from ddpm_lightning.commands.trainer import make_trainer
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import (
     decode,
-    make_grid,
+    make_class_grid,
     to_uint8,
     write_atomically,
     write_gif,
@@ -25,7 +26,6 @@ from ddpm_lightning.images import (
 )
 from ddpm_lightning.metrics.record import describe_sampler, sampler_slug
 from ddpm_lightning.module import DDPM, finished_images
-from ddpm_lightning.randomness import NUM_SEEDS
 from ddpm_lightning.runs import is_rank_zero
 from ddpm_lightning.samplers import Clip, Sampler, SamplerName, make_sampler
 
@@ -44,6 +44,9 @@ def sample(
     eta: float | None = None,
     spacing: str | None = None,
     clip: Clip | None = None,
+    labels: str | None = None,
+    guidance: float | None = None,
+    guidance_rescale: float | None = None,
     weights: Weights = "ema",
     out: str | None = None,
     format: Format = "png",
@@ -71,6 +74,12 @@ def sample(
             sections such as 10,15,20; ddpm and ddim take even, the others trailing.
         clip: What happens to the predicted x_0: static clamps it to [-1, 1] (the default), dynamic
             scales what lies beyond into it, none leaves it.
+        labels: Classes, such as 3 or 0-9 or 0,3,5: the image of seed i has the one at i modulo
+            their number; by default all that the model knows.
+        guidance: How strongly images are drawn towards their classes: 1 is the conditional model
+            (the default), 0 the unconditional one; all else takes two evaluations of the network.
+        guidance_rescale: Share, from 0 (the default) to 1, of the guided prediction that is scaled
+            to the contrast of the conditional one.
         weights: The moving average, or the raw weights.
         out: The output folder; RUN/generated/step=N-WEIGHTS-SAMPLER-STEPS when left out. Other
             seeds may be added to it later.
@@ -87,15 +96,18 @@ def sample(
     chosen = make_sampler(sampler, num_steps, eta, spacing, clip)
     model = DDPM.from_checkpoint(checkpoint, weights)
     chosen.respace(model.process)  # refuses timesteps that the schedule does not have
+    classes = choose_classes(model, labels, guidance, guidance_rescale)
     trainer = make_trainer(accelerator, devices, num_nodes)
     description = describe_sampler(chosen, chosen.count_steps(model.process))
-    folder = Path(out or _default_folder(Path(checkpoint), weights, description))
+    slug = sampler_slug(description) + ("" if classes is None else classes.slug)
+    folder = Path(out or _default_folder(Path(checkpoint), weights, slug))
     settings = {
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": file_sha256(checkpoint),
         "weights": weights,
         "sampler": description,
         "batch_size": batch_size,
+        **({} if classes is None else classes.describe()),
     }
     if format == "npz":  # one file, which cannot grow
         settings |= {"format": format, "seeds": seeds_to_text(wanted)}
@@ -104,10 +116,10 @@ def sample(
     if format == "npz" and (folder / "samples.npz").exists():
         announce(f"samples: {folder} (they were there already)")
         return
-    task = SampleTask(model, chosen, wanted, batch_size, folder, gif)
+    task = SampleTask(model, chosen, wanted, batch_size, folder, gif, classes)
     trainer.predict(task, return_predictions=False)
     if trainer.is_global_zero:
-        _finish(folder, wanted, format)
+        _finish(folder, wanted, format, classes)
         announce(f"samples: {folder}\ngrid: {folder / 'grid.png'}")
 
 
@@ -121,6 +133,7 @@ class SampleTask(BatchTask):
         batch_size: Seeds in a batch.
         folder: Where the PNGs go.
         gif: Keep the first batch's chain as an animation.
+        classes: What the model is told, if it knows classes.
     """
 
     def __init__(
@@ -131,18 +144,23 @@ class SampleTask(BatchTask):
         batch_size: int,
         folder: Path,
         gif: bool,
+        classes: Classes | None = None,
     ) -> None:
         super().__init__(seeds, batch_size, "sampling", sampler.count_steps(model.process))
         self.model = model
+        self._classes = classes
         self._sampler = sampler
         self._folder = folder
         self._gif = gif
 
     def make(self, seeds: Sequence[int]) -> None:
         """Sample a batch and write it; the bar advances with every step of the chain."""
-        frames = _Frames(self._num_steps) if self._shows(seeds) else None
+        classes = self._classes
+        labels = None if classes is None else classes.of(seeds)
+        guidance = None if classes is None else classes.guidance
+        frames = _Frames(self._num_steps, labels) if self._shows(seeds) else None
         step = None
-        for step in self.model.denoise(seeds, self._sampler):
+        for step in self.model.denoise(seeds, self._sampler, labels=labels, guidance=guidance):
             self.advance(len(seeds))
             if frames is not None:
                 frames.add(step.x_prev)
@@ -165,15 +183,16 @@ class SampleTask(BatchTask):
 class _Frames:
     """Keeps some of a chain's states as grids, the last one among them."""
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, num_steps: int, labels: Sequence[int] | None) -> None:
         self.kept: list[Tensor] = []
+        self._labels = labels and labels[:GRID_IMAGES]
         self._num_steps = num_steps
         self._index = 0
 
     def add(self, x: Tensor) -> None:
         left = self._num_steps - 1 - self._index
         if left % max(1, self._num_steps // GIF_FRAMES) == 0:
-            self.kept.append(make_grid(to_uint8(x[:GRID_IMAGES]).cpu()))
+            self.kept.append(make_class_grid(to_uint8(x[:GRID_IMAGES]).cpu(), self._labels))
         self._index += 1
 
 
@@ -192,15 +211,7 @@ def parse_seeds(seeds: str | None, num_images: int | None, default: int = GRID_I
         if num_images is not None and num_images < 1:
             raise InputError(f"--num_images must be at least 1, got {num_images}")
         return list(range(num_images or default))
-    result: list[int] = []
-    for part in seeds.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise InputError(f"--seeds {seeds}: say something like 0-63 or 3,7,100-120")
-        start, stop = int(first), int(last or first) + 1
-        if not start < stop <= NUM_SEEDS:
-            raise InputError(f"--seeds {seeds}: ranges rise, within 0-{NUM_SEEDS - 1}")
-        result += range(start, stop)
+    result = parse_ranges("--seeds", seeds, "0-63 or 3,7,100-120")
     if len(set(result)) < len(result):
         raise InputError(f"--seeds {seeds}: names a seed twice")
     if num_images not in (None, len(result)):
@@ -225,24 +236,27 @@ def _path(folder: Path, seed: int) -> Path:
     return folder / f"{seed:06d}.png"
 
 
-def _default_folder(checkpoint: Path, weights: Weights, sampler: dict[str, Any]) -> Path:
+def _default_folder(checkpoint: Path, weights: Weights, slug: str) -> Path:
     """Name a folder by what its images depend on; last.ckpt is another one tomorrow."""
     step = load_checkpoint(checkpoint)["global_step"]
-    name = f"step={step}-{weights}-{sampler_slug(sampler)}"
+    name = f"step={step}-{weights}-{slug}"
     in_run = checkpoint.absolute().parent.name == "checkpoints"
     return (checkpoint.parent.parent if in_run else checkpoint.parent) / "generated" / name
 
 
-def _finish(folder: Path, seeds: Sequence[int], format: Format) -> None:
+def _finish(folder: Path, seeds: Sequence[int], format: Format, classes: Classes | None) -> None:
     """Lay out the grid; for npz, gather the images in one file and remove theirs."""
     images = _iterate(folder, seeds)
     first = torch.stack([image for image, _ in zip(images, range(GRID_IMAGES), strict=False)])
-    write_png(folder / "grid.png", make_grid(first))
+    labels = None if classes is None else classes.of(seeds)
+    write_png(folder / "grid.png", make_class_grid(first, labels and labels[:GRID_IMAGES]))
     if format == "npz":
         arrays = torch.stack(list(_iterate(folder, seeds))).permute(0, 2, 3, 1).numpy()
+        named = {"arr_0": arrays, "seeds": np.array(seeds)}
+        named |= {} if labels is None else {"labels": np.array(labels)}
         write_atomically(
             folder / "samples.npz",
-            lambda file: np.savez(file, arr_0=arrays, seeds=np.array(seeds)),
+            lambda file: np.savez(file, **named),  # type: ignore[arg-type]  # allow_pickle
         )
         for seed in seeds:
             _path(folder, seed).unlink()

@@ -63,6 +63,8 @@ def run_command(command: Callable[[], object]) -> int:
         if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning makes it a plain failure
             return 128 + received
         raise
+    except MemoryError as error:
+        return _fail(f"not enough memory for what was asked for {error}")
     except OSError as error:
         if error.errno in DISK_ERRORS:
             return _fail(str(error))

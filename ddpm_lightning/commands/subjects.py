@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import Pixels
 from ddpm_lightning.module import DDPM
 from ddpm_lightning.runs import Run
-from ddpm_lightning.samplers import Sampler
+from ddpm_lightning.samplers import Guidance, Sampler
 
 Shape = tuple[int, int, int]
 """(C, H, W) of an image."""
@@ -52,6 +51,7 @@ class Checkpoint:
         data: What it says of the images that it was trained on; older ones say nothing.
         process: What it was trained on.
         dtype: Of its weights, such as float32.
+        num_classes: How many classes its network is told; 0 for none.
     """
 
     path: Path
@@ -62,6 +62,7 @@ class Checkpoint:
     data: dict[str, Any] = field(compare=False)
     process: Process = field(compare=False)
     dtype: str
+    num_classes: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,18 @@ class CheckpointReader:
     Args:
         weights: Which weights each must have.
         samplers: What each must be able to sample with.
+        guidances: How strongly each must be able to be guided.
     """
 
-    def __init__(self, weights: Sequence[Weights], samplers: Sequence[Sampler]) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Weights],
+        samplers: Sequence[Sampler],
+        guidances: Sequence[Guidance | None] = (),
+    ) -> None:
         self._weights = weights
         self._samplers = samplers
+        self._guidances = guidances
         self._models: dict[str, DDPM] = {}
 
     def __call__(self, path: Path) -> Checkpoint:
@@ -126,6 +134,7 @@ class CheckpointReader:
             data if isinstance(data, dict) else {},
             model.process,
             str(next(model.net.parameters()).dtype).removeprefix("torch."),
+            model.num_classes,
         )
 
     def _build(self, path: Path) -> DDPM:
@@ -134,6 +143,8 @@ class CheckpointReader:
             raise InputError(f"{path}: does not say what shape its images have")
         for sampler in self._samplers:
             sampler.respace(model.process)  # refuses timesteps that there are not
+        for guidance in self._guidances:
+            model.check_guidance(guidance)
         return model
 
 
@@ -280,7 +291,7 @@ class NpzImages:
                 array = file["arr_0" if "arr_0" in file.files else file.files[0]]
         except InputError:
             raise
-        except (OSError, ValueError, TypeError, IndexError, EOFError, BadZipFile) as error:
+        except Exception as error:  # the reader stumbles over a foreign file in any way it likes
             raise InputError(f"{self._path}: not an .npz file of images ({error})") from error
         if array.dtype != np.uint8 or array.ndim != 4:
             raise InputError(

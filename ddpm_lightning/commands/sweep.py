@@ -19,9 +19,14 @@ from ddpm_lightning.metrics.record import (
     unusual_options,
     write_record,
 )
+from ddpm_lightning.samplers import Guidance
 
 CURVES = "curves"
 """The subfolder of RUN/fid_sweep that TensorBoard's curves go to, whatever OUT is."""
+
+
+_GUIDANCE = {"scale": "guidance", "rescale": "guidance_rescale"}
+"""What records call guidance, and a table's columns."""
 
 
 class SweepFolder:
@@ -132,6 +137,7 @@ class SweepFolder:
             "images_seen": subject.get("images_seen", ""),
             **dict(zip(("weights", "sampler", "num_steps"), settings_of(subject), strict=True)),
             **{key: subject.get("sampler", {}).get(key, "") for key in ("eta", "spacing", "clip")},
+            **{_GUIDANCE[key]: value for key, value in guidance_of(subject).items()},
             "nfe": subject.get("nfe", ""),
             "num_images": record["num_images"],
             "num_repeats": count,
@@ -163,6 +169,12 @@ class SweepFolder:
             )
 
 
+def guidance_of(subject: dict[str, Any]) -> dict[str, float]:
+    """Give what samples were guided by; nothing, where there are no classes."""
+    guidance = subject.get("guidance", "none")
+    return {} if guidance == "none" else {key: guidance[key] for key in _GUIDANCE}
+
+
 def short_names(paths: Sequence[str]) -> list[str]:
     """Leave out of paths the folders that they all have in common, and .ckpt."""
     parents = {str(Path(path).absolute().parent) for path in paths}
@@ -173,10 +185,11 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return [str(name.with_suffix("") if name.suffix == ".ckpt" else name) for name in names]
 
 
-def settings_of(subject: dict[str, Any]) -> list[str]:
+def settings_of(subject: dict[str, Any], with_guidance: bool = True) -> list[str]:
     """Give weights, sampler and steps; images from the disk have none."""
     sampler = subject.get("sampler")
     if sampler is None:
         return ["", "", ""]
-    name = " ".join([sampler["name"], *unusual_options(sampler)])
-    return [subject["weights"], name, str(sampler["num_steps"])]
+    words = [sampler["name"], *unusual_options(sampler)]
+    words += Guidance(**guidance_of(subject)).words if with_guidance else []
+    return [subject["weights"], " ".join(words), str(sampler["num_steps"])]

@@ -6,7 +6,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm_lightning.commands.sweep import CURVES, settings_of, short_names
+from ddpm_lightning.commands.sweep import CURVES, guidance_of, settings_of, short_names
 from ddpm_lightning.images import write_atomically
 from ddpm_lightning.metrics.record import Record
 
@@ -18,8 +18,9 @@ def draw(path: Path, records: Sequence[Record], titles: dict[str, str]) -> None:
     """Draw each metric in a chart of its own, as PNG.
 
     Over the optimizer step where that varies, with a line for each combination of weights, sampler
-    and steps; else over the network evaluations, where those vary; else over the subjects. Images
-    from the disk are dashed lines across the curves.
+    and steps; else over the guidance, where that varies and the steps do not; else over the network
+    evaluations, where those vary; else over the subjects. Images from the disk are dashed lines
+    across the curves.
 
     Args:
         path: The file.
@@ -50,7 +51,7 @@ def draw(path: Path, records: Sequence[Record], titles: dict[str, str]) -> None:
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
         axes.tick_params("x", labelrotation=0 if axis else 20)
-        if axis:
+        if axis and axis != "guidance":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     all_axes[0].legend(fontsize="small")
     figure.suptitle(_title(records[0]), fontsize="medium")
@@ -120,21 +121,30 @@ def _layout(records: Sequence[Record]) -> tuple[str, list[tuple[str, Any]]]:
     subjects = [record["subject"] for record in records]
     sampled = [subject for subject in subjects if "sampler" in subject]
     by_step = len({subject["step"] for subject in sampled}) > 1
-    by_nfe = not by_step and len({subject["nfe"] for subject in sampled}) > 1
+    scales = {guidance_of(subject).get("scale") for subject in sampled} - {None}
+    counts = {subject["sampler"]["num_steps"] for subject in sampled}
+    by_guidance = not by_step and len(scales) > 1 and len(counts) == 1
+    by_nfe = not (by_step or by_guidance) and len({subject["nfe"] for subject in sampled}) > 1
     several_runs = len({subject["run"] for subject in sampled}) > 1
     names = short_names([subject["path"] for subject in subjects])
     places: list[tuple[str, Any]] = []
     for subject, name in zip(subjects, names, strict=True):
-        weights, sampler, num_steps = settings_of(subject)
+        weights, sampler, num_steps = settings_of(subject, with_guidance=not by_guidance)
         line = f"{weights}, {sampler}" + ("" if by_nfe else f", {num_steps} steps")
-        if by_step or by_nfe:
+        if by_step or by_guidance or by_nfe:
             run = f"{Path(name).parent.parent}: " if several_runs else ""
             place = subject.get("step" if by_step else "nfe")
+            if by_guidance:
+                place = guidance_of(subject).get("scale")
             places.append((name, None) if place is None else (run + line, place))
         else:
             places.append((line if weights else "images", name))
-    axis = "optimizer step" if by_step else "network evaluations per image" if by_nfe else ""
-    return axis, places
+    axes = {
+        "optimizer step": by_step,
+        "guidance": by_guidance,
+        "network evaluations per image": by_nfe,
+    }
+    return next((axis for axis, applies in axes.items() if applies), ""), places
 
 
 def _title(record: Record) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ddpm_lightning.data.cache import CachedImages
+from ddpm_lightning.data.items import SplitName
 from ddpm_lightning.data.order import GlobalOrder, Indices
 from ddpm_lightning.images import Pixels
 from ddpm_lightning.randomness import Stream, hash_indices
@@ -23,10 +24,12 @@ class Batch(NamedTuple):
         images: uint8 [N, C, H, W].
         positions: int64 [N]: places in the run's order (training), or in the split (else). They
             stay on the host: Lightning moves tensors only.
+        labels: The images' classes, int64 [N]; None where the network is not told them.
     """
 
     images: Tensor
     positions: NDArray[np.int64]
+    labels: Tensor | None = None
 
 
 class Images(Protocol):
@@ -55,10 +58,14 @@ class ImageSet:
     Args:
         cached: The split.
         rows: Which of its images, ascending int64; all when None.
+        split: What the source calls the split.
     """
 
-    def __init__(self, cached: CachedImages, rows: Indices | None = None) -> None:
+    def __init__(
+        self, cached: CachedImages, rows: Indices | None = None, split: SplitName = "train"
+    ) -> None:
         self.cached = cached
+        self.split: SplitName = split
         self._rows = np.arange(cached.shape[0]) if rows is None else rows
 
     def __len__(self) -> int:
@@ -68,6 +75,11 @@ class ImageSet:
         """Copy the images at `indices`, int64 [n] in [0, len), as uint8 [n, C, H, W]."""
         pixels: Pixels = self.cached.images[self._rows[indices]]
         return pixels
+
+    def pick(self, of_split: Indices) -> Indices:
+        """Take these images' values from those of all images that the source has in this split."""
+        kept = np.delete(of_split, self.cached.skipped) if self.cached.skipped else of_split
+        return kept[self._rows]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -100,20 +112,25 @@ class TrainingBatches(Dataset[Batch]):
         images: The training set.
         seed: The run's seed.
         flip: Mirror every second image, on average, left to right.
+        labels: The images' classes, int64 [len(images)], if they are asked for.
     """
 
-    def __init__(self, images: ImageSet, seed: int, flip: bool) -> None:
+    def __init__(
+        self, images: ImageSet, seed: int, flip: bool, labels: Indices | None = None
+    ) -> None:
         self._images = images
+        self._labels = labels
         self._order = GlobalOrder(len(images), seed)
         self._seed = seed
         self._flip = flip
 
     def __getitems__(self, positions: Indices) -> Batch:
         """Make the batch of `positions`: a pure function of them and the seed."""
-        pixels = self._images[self._order.indices(positions)]
+        indices = self._order.indices(positions)
+        pixels = self._images[indices]
         if self._flip:
             mirror_half(pixels, positions, self._seed)
-        return Batch(torch.from_numpy(pixels), positions)
+        return _batch(pixels, positions, self._labels, indices)
 
 
 class PlainBatches(Dataset[Batch]):
@@ -121,11 +138,18 @@ class PlainBatches(Dataset[Batch]):
 
     Args:
         images: The validation or test set.
+        labels: Their classes, int64 [len(images)], if they are asked for.
     """
 
-    def __init__(self, images: ImageSet) -> None:
+    def __init__(self, images: ImageSet, labels: Indices | None = None) -> None:
         self._images = images
+        self._labels = labels
 
     def __getitems__(self, positions: Indices) -> Batch:
         """Make the batch of `positions`."""
-        return Batch(torch.from_numpy(self._images[positions]), positions)
+        return _batch(self._images[positions], positions, self._labels, positions)
+
+
+def _batch(pixels: Pixels, positions: Indices, labels: Indices | None, indices: Indices) -> Batch:
+    told = None if labels is None else torch.from_numpy(labels[indices])
+    return Batch(torch.from_numpy(pixels), positions, told)

@@ -41,6 +41,7 @@ class CachedImages:
         sha256: Of the pixels, as hex digits.
         num_skipped: How many broken images were left out.
         skipped_names: What the first of those are called.
+        skipped: Which those are of the source's images; None in caches that did not note it.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class CachedImages:
     sha256: str
     num_skipped: int
     skipped_names: tuple[str, ...]
+    skipped: tuple[int, ...] | None = ()
 
     @cached_property
     def images(self) -> Pixels:
@@ -120,6 +122,7 @@ def _read(folder: Path) -> CachedImages | None:
             meta["sha256"],
             meta["num_skipped"],
             tuple(meta["skipped_names"]),
+            tuple(meta["skipped"]) if "skipped" in meta else None if meta["num_skipped"] else (),
         )
         whole = (folder / "images.bin").stat().st_size == math.prod(cached.shape)
     except (OSError, ValueError, KeyError, TypeError):
@@ -165,7 +168,7 @@ def _write_images(
     """Write the pixels of a split one after another; return what meta.json says about them."""
     digest = hashlib.sha256()
     first: tuple[str, Pixels] | None = None
-    skipped: list[str] = []
+    skipped: dict[int, str] = {}
     decoded = tqdm(
         decode_split(split, size, channels),
         desc=f"Decoding {label}",
@@ -182,7 +185,7 @@ def _write_images(
                         f"{name} cannot be decoded: {pixels}; mend or remove it, or leave such "
                         f"images out by --data.on_error skip"
                     )
-                skipped.append(name)
+                skipped[index] = name
                 continue
             if first is None:
                 first = (name, pixels)
@@ -195,17 +198,19 @@ def _write_images(
     if first is None:
         raise InputError(
             f"--data.source {label}: none of its {len(skipped)} images can be decoded; look at "
-            f"the first, {skipped[0]}"
+            f"the first, {next(iter(skipped.values()))}"
         )
+    first_skipped = list(skipped.values())[:_NUM_SKIPPED_NAMES]
     if skipped:
         more = ", …" if len(skipped) > _NUM_SKIPPED_NAMES else ""
-        names = ", ".join(skipped[:_NUM_SKIPPED_NAMES]) + more
+        names = ", ".join(first_skipped) + more
         _log.warning("%s: left out %d broken images: %s", label, len(skipped), names)
     return {
         "shape": [len(split) - len(skipped), *first[1].shape],
         "sha256": digest.hexdigest(),
         "num_skipped": len(skipped),
-        "skipped_names": skipped[:_NUM_SKIPPED_NAMES],
+        "skipped_names": first_skipped,
+        "skipped": list(skipped),
     }
 
 

@@ -1,5 +1,6 @@
 """From the name of a source to batches, under a trainer or without one."""
 
+import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ from ddpm_lightning.data.cache import (
     default_cache_dir,
     open_images,
 )
-from ddpm_lightning.data.items import Source, SplitName
+from ddpm_lightning.data.items import Labels, Source, SplitName
+from ddpm_lightning.data.labels import read_classes, read_labels
 from ddpm_lightning.data.order import (
     GlobalOrder,
     Indices,
@@ -129,7 +131,14 @@ class ImageDataModule(LightningDataModule):
         _ = self._sets
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot be trained with: a batch that does not divide, or too few images."""
+        """Refuse what cannot be trained with: a batch that does not divide, or too few images.
+
+        For a network that is told classes, also images whose labels are missing or others.
+        """
+        if self.classes is not None:
+            for images in self._sets:
+                if images is not None:
+                    self._labels_of(images)
         if stage == "fit":
             if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
                 raise InputError(
@@ -184,7 +193,7 @@ class ImageDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Give what the order of the images depends on, for checkpoints."""
-        return {
+        state = {
             "source": self.source,
             "streaming": self.streaming,
             "images_sha256": self.train_images.sha256,
@@ -192,6 +201,7 @@ class ImageDataModule(LightningDataModule):
             "flip": self.flip,
             "seed": self.seed,
         }
+        return state | ({"labels_sha256": self._labels_sha256} if self._num_classes else {})
 
     def check_same_data(self, checkpoint: dict[str, Any], path: str) -> None:
         """Refuse to go on from a checkpoint of other images, or of another order of them.
@@ -243,7 +253,8 @@ class ImageDataModule(LightningDataModule):
                 pin_memory=self._device_type == "cuda",
             )
         assert isinstance(images, ImageSet)
-        return self._loader(TrainingBatches(images, self.seed, self.flip), sampler)
+        labels = self._labels_of(images)
+        return self._loader(TrainingBatches(images, self.seed, self.flip, labels), sampler)
 
     def _stream_batches(self, images: StreamImages) -> StreamBatches:
         return StreamBatches(images, self.batch_size, self.seed, self.flip)
@@ -262,7 +273,7 @@ class ImageDataModule(LightningDataModule):
         # As many images at once as in training: more might not fit into the device's memory.
         size = max(1, self.batch_size // (self._world_size * self._accumulate))
         batches = validation_batches(len(images), size, self._world_size, self._rank)
-        return [self._loader(PlainBatches(images), batches)]
+        return [self._loader(PlainBatches(images, self._labels_of(images)), batches)]
 
     def _loader(
         self, dataset: Dataset[Batch], batches: PositionSampler | list[Indices]
@@ -294,8 +305,46 @@ class ImageDataModule(LightningDataModule):
     def _device_type(self) -> str:
         return self.trainer.strategy.root_device.type if self.trainer else "cpu"
 
+    @property
+    def _num_classes(self) -> int:
+        """How many classes the trained network is told."""
+        module = self.trainer.lightning_module if self.trainer else None
+        return getattr(module, "num_classes", 0)  # a module of another kind is told none
+
+    @property
+    def classes(self) -> Labels | None:
+        """The training images' classes, for a network that is told them.
+
+        Raises:
+            InputError: The source has none, or another number of them, or is streamed.
+        """
+        if not self._num_classes:
+            return None
+        if self.streaming:
+            raise InputError(
+                f"--model.net.num_classes {self._num_classes}: labels are not read from a stream; "
+                "leave --data.streaming or num_classes out"
+            )
+        return read_classes(self._source, self._num_classes)
+
+    def _labels_of(self, images: Images) -> Indices | None:
+        if self.classes is None:
+            return None
+        assert isinstance(images, ImageSet)  # a stream has no classes
+        return read_labels(self._source, images, self.classes.num_classes)
+
+    @cached_property
+    def _labels_sha256(self) -> str:
+        labels = self._labels_of(self.train_images)
+        assert labels is not None
+        return hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
+
     def _step(self) -> int:
         return self.trainer.global_step if self.trainer else 0
+
+    @cached_property
+    def _source(self) -> Source:
+        return open_source(self.source)
 
     @cached_property
     def _sets(self) -> _Sets:
@@ -305,12 +354,12 @@ class ImageDataModule(LightningDataModule):
                 self.source, self.size, self.channels, self.val_fraction, self.seed, self.cache_dir
             )
         else:
-            source = open_source(self.source)
+            source = self._source
             train = ImageSet(self._open(source, "train", self.channels))
         # Grey images become RGB for RGB training images; the reverse would lose their colours.
         channels: Channels | None = 3 if train.image_shape[0] == 3 else self.channels
         held_out = {
-            name: ImageSet(self._open(source, name, channels))
+            name: ImageSet(self._open(source, name, channels), split=name)
             for name in source.splits
             if name != "train"
         }

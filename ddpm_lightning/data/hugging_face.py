@@ -6,16 +6,28 @@ The library is imported where it is used: it takes a second that other sources n
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ddpm_lightning.data.items import Source, SplitName, file_stamp, find_splits, fingerprint
+import numpy as np
+
+from ddpm_lightning.data.items import (
+    Labels,
+    Source,
+    SplitName,
+    file_stamp,
+    find_splits,
+    fingerprint,
+    numbered,
+)
 from ddpm_lightning.errors import InputError
 
 SUFFIXES = (".parquet", ".arrow")
 """What files of rows end in, in lower or upper case."""
 
 _PREFERRED_COLUMNS = ("image", "img")
+_LABEL_COLUMNS = ("label", "labels", "fine_label")
 _HUB_TIMEOUT = 10.0  # seconds until the hub counts as out of reach
 
 _HUB_PATH = re.compile(r"hf://datasets/(.+?)@([^/]+)/(.+)")
@@ -211,6 +223,7 @@ def _to_source(source: str, loaded: Any) -> Source:
 
     tables = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
     splits: dict[SplitName, Rows] = {}
+    labels: dict[SplitName, Callable[[], Labels]] = {}
     stamps = []
     for split, name in find_splits(source, tables).items():
         if not len(table := tables[name]):
@@ -218,6 +231,8 @@ def _to_source(source: str, loaded: Any) -> Source:
         column = _image_column(source, table.features)
         undecoded = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         splits[split] = Rows(undecoded, column, name)
+        if columns := _label_columns(table.features):
+            labels[split] = partial(_read_labels, source, table, columns)
         # The path of a downloaded or converted file holds a hash of where it came from.
         files = [Path(file["filename"]).resolve() for file in table.cache_files]
         stamps.append([split, column, [file_stamp(file) for file in files]])
@@ -225,7 +240,7 @@ def _to_source(source: str, loaded: Any) -> Source:
         raise InputError(
             f"--data.source {source} has no rows in a split train, but {', '.join(tables)}"
         )
-    return Source(source, fingerprint(["table", stamps]), splits)
+    return Source(source, fingerprint(["table", stamps]), splits, labels)
 
 
 def _image_column(source: str, features: Any) -> str:
@@ -243,6 +258,36 @@ def _image_column(source: str, features: Any) -> str:
             f"keep one, or name it image"
         )
     return (columns if len(columns) == 1 else preferred)[0]
+
+
+def _label_columns(features: Any) -> list[str]:
+    """Name the columns of type ClassLabel, else those of whole numbers that are called labels."""
+    import datasets
+
+    columns = [
+        name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)
+    ]
+    if columns:
+        return columns
+    return [
+        name
+        for name in _LABEL_COLUMNS
+        if isinstance(features.get(name), datasets.Value) and "int" in features[name].dtype
+    ]
+
+
+def _read_labels(source: str, table: Any, columns: list[str]) -> Labels:
+    preferred = [name for name in _LABEL_COLUMNS if name in columns]
+    if len(columns) > 1 and not preferred:
+        raise InputError(
+            f"--data.source {source} has several columns of labels ({', '.join(columns)}); name "
+            "one of them label"
+        )
+    column = (preferred or columns)[0]
+    cells = table.select_columns([column])[:][column]
+    values = np.array([-1 if cell is None else cell for cell in cells], dtype=np.int64)
+    names = getattr(table.features[column], "names", None)  # ClassLabel's alone
+    return numbered(values) if names is None else Labels(values, len(names), tuple(names))
 
 
 def _one_line(error: Exception) -> str:

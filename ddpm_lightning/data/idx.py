@@ -3,11 +3,20 @@
 import gzip
 import zlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ddpm_lightning.data.items import ArraySplit, Source, SplitName, file_stamp, fingerprint
+from ddpm_lightning.data.items import (
+    ArraySplit,
+    Labels,
+    Source,
+    SplitName,
+    file_stamp,
+    fingerprint,
+    numbered,
+)
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import Pixels
 
@@ -15,8 +24,14 @@ _FILES: Mapping[SplitName, str] = {
     "train": "train-images-idx3-ubyte",
     "test": "t10k-images-idx3-ubyte",
 }
+_LABEL_FILES: Mapping[SplitName, str] = {
+    "train": "train-labels-idx1-ubyte",
+    "test": "t10k-labels-idx1-ubyte",
+}
 _MAGIC = 0x0803  # 0x08: unsigned bytes; 0x03: three dimensions (images, rows, columns)
 _HEADER = 16  # bytes: the magic number and three sizes, big-endian int32
+_LABEL_MAGIC = 0x0801  # one dimension
+_LABEL_HEADER = 8
 
 
 def is_idx_folder(folder: Path) -> bool:
@@ -36,7 +51,12 @@ def open_idx(source: str, folder: Path) -> Source:
         raise InputError(f"--data.source {source} has no {_FILES['train']} or {_FILES['train']}.gz")
     splits = {split: _open_file(file) for split, file in files.items()}
     stamps = [file_stamp(file.resolve()) for file in files.values()]
-    return Source(source, fingerprint(["idx", stamps]), splits)
+    labels = {
+        split: partial(_read_labels, file, len(splits[split]))
+        for split, name in _LABEL_FILES.items()
+        if split in splits and (file := _find(folder, name))
+    }
+    return Source(source, fingerprint(["idx", stamps]), splits, labels)
 
 
 def _find(folder: Path, name: str) -> Path | None:
@@ -67,6 +87,17 @@ def _open_file(file: Path) -> ArraySplit:
         return np.frombuffer(body, dtype=np.uint8).reshape(num_images, height, width)
 
     return ArraySplit(str(file), num_images, load)
+
+
+def _read_labels(file: Path, num_images: int) -> Labels:
+    content = _read(file, _LABEL_HEADER + num_images + 1)
+    header = _LABEL_MAGIC.to_bytes(4, "big") + num_images.to_bytes(4, "big")
+    if content[:_LABEL_HEADER] != header or len(content) != len(header) + num_images:
+        raise InputError(
+            f"{file} is not an IDX file of {num_images} labels, as many as there are images: it "
+            "begins with the bytes 00 00 08 01 and their number; copy or download it again"
+        )
+    return numbered(np.frombuffer(content[_LABEL_HEADER:], dtype=np.uint8).astype(np.int64))
 
 
 def _read(file: Path, num_bytes: int) -> bytes:

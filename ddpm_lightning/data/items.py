@@ -4,9 +4,12 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import Pixels
@@ -42,6 +45,26 @@ class Split(Protocol):
 
 
 @dataclass(frozen=True)
+class Labels:
+    """The classes of a split's images.
+
+    Attributes:
+        values: int64 [N], one per image, in the split's order; -1 where there is none.
+        num_classes: How many classes there are.
+        names: What each is called, where the source says.
+    """
+
+    values: NDArray[np.int64]
+    num_classes: int
+    names: tuple[str, ...] = ()
+
+
+def numbered(values: NDArray[np.int64]) -> Labels:
+    """Give the labels of classes that are called by their numbers, up to the highest there."""
+    return Labels(values, int(values.max(initial=-1)) + 1)
+
+
+@dataclass(frozen=True)
 class Source:
     """Where images come from.
 
@@ -49,11 +72,13 @@ class Source:
         name: What the user wrote.
         fingerprint: Hex digits that change when the content does.
         splits: "train" always, "val" and "test" where the source has them.
+        labels: Reads the labels of a split, where it has them. Classes are counted over "train".
     """
 
     name: str
     fingerprint: str
     splits: Mapping[SplitName, Split]
+    labels: Mapping[SplitName, Callable[[], Labels]] = field(default_factory=dict)
 
 
 class ArraySplit:

@@ -5,8 +5,10 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
+
 from ddpm_lightning.data import hugging_face, idx, image_folder
-from ddpm_lightning.data.items import ArraySplit, Source, fingerprint
+from ddpm_lightning.data.items import ArraySplit, Labels, Source, fingerprint, numbered
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import Pixels, levels_to_uint8
 
@@ -26,7 +28,8 @@ def open_source(source: str) -> Source:
         InputError: Nothing there, nothing in it, or the hub does not have it or is out of reach.
     """
     if source == "digits":
-        return Source(source, fingerprint(source), {"train": ArraySplit(source, 1797, _digits)})
+        digits = ArraySplit(source, 1797, _digits)
+        return Source(source, fingerprint(source), {"train": digits}, {"train": _digit_labels})
     path = Path(source).expanduser()
     try:
         if source and path.is_dir():
@@ -85,3 +88,9 @@ def _digits() -> Pixels:
     from sklearn.datasets import load_digits
 
     return levels_to_uint8(load_digits().images, 16)
+
+
+def _digit_labels() -> Labels:
+    from sklearn.datasets import load_digits
+
+    return numbered(load_digits().target.astype(np.int64))

@@ -20,7 +20,7 @@ from ddpm_lightning.checkpoints import flatten
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import write_atomically
 from ddpm_lightning.metrics.judge import METHODS
-from ddpm_lightning.samplers import SAMPLERS, Sampler
+from ddpm_lightning.samplers import SAMPLERS, Guidance, Sampler
 
 RECORD_VERSION = 1
 
@@ -78,6 +78,13 @@ def make_protocol(num_images: int, protocol: dict[str, Any]) -> dict[str, Any]:
 def describe_sampler(sampler: Sampler, num_steps: int) -> dict[str, Any]:
     """Describe a sampler by its name and fields, its number of steps spelled out."""
     return {"name": sampler.name, **asdict(sampler), "num_steps": num_steps}
+
+
+def describe_guidance(guidance: Guidance | None, num_classes: int) -> dict[str, Any] | str:
+    """Describe what samples were told, seed i's class being i modulo `num_classes`."""
+    if not num_classes:
+        return "none"
+    return {"labels": f"seed modulo {num_classes}", **asdict(guidance or Guidance())}
 
 
 def unusual_options(sampler: dict[str, Any]) -> list[str]:

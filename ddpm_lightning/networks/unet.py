@@ -167,6 +167,8 @@ class UNet(nn.Module):
         num_res_blocks: Residual blocks per level on the way down; one more on the way up.
         attention_levels: Levels (from 0) with attention after each block. The middle always has it.
         dropout: Probability of dropping a value before each block's second convolution.
+        num_classes: Classes that the network is told; 0 for none. One label more, `num_classes`
+            itself, stands for no label.
         checkpointing: In training, keep each layer's input alone, and compute the rest again for
             the gradient (Chen et al. 2016): less memory, more time, the same numbers.
     """
@@ -180,6 +182,7 @@ class UNet(nn.Module):
         num_res_blocks: int = 1,
         attention_levels: Sequence[int] = (1,),
         dropout: float = 0.0,
+        num_classes: int = 0,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -191,6 +194,7 @@ class UNet(nn.Module):
             num_res_blocks,
             attention_levels,
             dropout,
+            num_classes,
         )
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -199,11 +203,15 @@ class UNet(nn.Module):
         self.num_res_blocks = num_res_blocks
         self.attention_levels = list(attention_levels)
         self.dropout = dropout
+        self.num_classes = num_classes
         self.checkpointing = checkpointing
 
         embed_channels = 4 * base_channels
         self.embed_1 = _linear(base_channels, embed_channels)
         self.embed_2 = _linear(embed_channels, embed_channels)
+        if num_classes:
+            # standard normal, as Nichol & Dhariwal's code has it; the last row is "no label"
+            self.embed_label = nn.Embedding(num_classes + 1, embed_channels)
 
         def block(in_channels: int, out_channels: int, attention: bool) -> Block:
             res = ResBlock(in_channels, out_channels, embed_channels, dropout)
@@ -238,22 +246,30 @@ class UNet(nn.Module):
         self.norm_out = _norm(channels)
         self.conv_out = _conv(channels, out_channels, 3, ZERO_GAIN)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Predict the noise.
 
         Args:
             x: x_t, float [N, in_channels, H, W]; `check_size` says which H and W work.
             t: Timesteps, int64 [N].
+            labels: Classes, int64 [N] in [0, num_classes], where `num_classes` is no label; none
+                for a network without classes.
 
         Returns:
             float [N, out_channels, H, W].
 
         Raises:
             InputError: The levels do not divide the size.
+            ValueError: There are labels and no classes, or the reverse.
         """
         self.check_size(x.shape[2], x.shape[3])
+        if (labels is None) != (self.num_classes == 0):
+            raise ValueError(f"num_classes is {self.num_classes}, but labels are {labels}")
         embedding = timestep_embedding(t, self.base_channels).to(self.embed_1.weight.dtype)
-        embedding = F.silu(self.embed_2(F.silu(self.embed_1(embedding))))  # every block starts so
+        embedding = self.embed_2(F.silu(self.embed_1(embedding)))
+        if labels is not None:
+            embedding = embedding + self.embed_label(labels)
+        embedding = F.silu(embedding)  # every block starts so
 
         h = self.conv_in(x)
         skips = [h]
@@ -316,6 +332,7 @@ def _check(
     num_res_blocks: int,
     attention_levels: Sequence[int],
     dropout: float,
+    num_classes: int,
 ) -> None:
     if min(in_channels, out_channels) < 1:
         raise InputError(
@@ -333,3 +350,5 @@ def _check(
         )
     if not 0 <= dropout < 1:
         raise InputError(f"dropout must lie in [0, 1), got {dropout}")
+    if num_classes < 0:
+        raise InputError(f"num_classes must be at least 0, got {num_classes}")

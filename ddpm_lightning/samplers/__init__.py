@@ -13,6 +13,14 @@ from ddpm_lightning.samplers.base import Draw, Network, Sampler, Start, Step
 from ddpm_lightning.samplers.ddim import DDIMSampler
 from ddpm_lightning.samplers.ddpm import DDPMSampler
 from ddpm_lightning.samplers.dpm_solver import DPMSolver2MSampler, DPMSolver2MSDESampler
+from ddpm_lightning.samplers.guidance import (
+    Guidance,
+    Guided,
+    check_guidance,
+    check_labels,
+    count_evaluations,
+    make_guidance,
+)
 from ddpm_lightning.samplers.heun import HeunSampler
 
 __all__ = [
@@ -23,12 +31,18 @@ __all__ = [
     "DPMSolver2MSDESampler",
     "DPMSolver2MSampler",
     "Draw",
+    "Guidance",
+    "Guided",
     "HeunSampler",
     "Network",
     "Sampler",
     "SamplerName",
     "Start",
     "Step",
+    "check_guidance",
+    "check_labels",
+    "count_evaluations",
+    "make_guidance",
     "make_sampler",
     "options_of",
 ]
