@@ -5,10 +5,10 @@ BIN = $(VENV)/bin
 # Several processes of one thread each: threads of several processes would wait for each other.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help fit ablation test test-slow lint types format docs-fashion clean
+.PHONY: help fit ablation test test-slow benchmark benchmark-full lint types format docs-fashion clean
 
 help:  ## these targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 fit: $(VENV)/installed  ## install, and train the default experiment (handwritten digits)
 	@# one device: images of 8x8 gain nothing from more, and not every number divides the batch
@@ -22,6 +22,12 @@ test: $(VENV)/installed-test  ## the tests, without a network, in under 10 minut
 
 test-slow: $(VENV)/installed-test  ## the rest: full-size networks and long runs
 	$(PYTEST) -m slow
+
+benchmark: $(VENV)/installed-benchmark  ## rows beside peers, within half an hour on two quiet cores; docs/benchmarks.md
+	$(BIN)/python -m benchmarks
+
+benchmark-full: $(VENV)/installed-benchmark  ## the long rows too
+	$(BIN)/python -m benchmarks --full
 
 lint: $(VENV)/installed-test  ## ruff: style and format
 	$(BIN)/ruff check .
@@ -55,4 +61,8 @@ $(VENV)/installed: setup.cfg pyproject.toml | $(BIN)/python
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+$(VENV)/installed-benchmark: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[benchmark]'
 	@touch $@

@@ -1,19 +1,25 @@
 """Take two things' times in turn, and keep ratios: one machine's times say nothing elsewhere."""
 
 import json
+import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.json"
+PAGE = FOLDER.parent / "docs" / "benchmarks.md"
+TABLE_START, TABLE_END = "<!-- rows: written by python -m benchmarks -->", "<!-- end of rows -->"
 PACKAGES = ("ddpm-lightning", "torch", "lightning", "diffusers", "datasets", "numpy")
 
 Action = Callable[[], object]
@@ -58,14 +64,24 @@ def seconds_of(action: Action) -> float:
     return time.perf_counter() - start
 
 
-def alternate(ours: Action, peer: Action, runs: int) -> list[tuple[float, float]]:
-    """Take the seconds of two things in turn, after one round that does not count."""
+def alternate(
+    ours: Action, peer: Action, runs: int, budget: float = float("inf")
+) -> list[tuple[float, float]]:
+    """Take the seconds of two things in turn, after one round that does not count.
+
+    Args:
+        ours: This project's.
+        peer: The peer's.
+        runs: Rounds.
+        budget: Seconds after which no further round begins, once there have been two.
+    """
+    end = time.perf_counter() + budget
     ours()
     peer()
-    rounds = []
-    for index in range(runs):
+    rounds: list[tuple[float, float]] = []
+    while len(rounds) < runs and (len(rounds) < 2 or time.perf_counter() < end):
         # who goes first changes, so that neither always finds the machine as the other left it
-        if index % 2:
+        if len(rounds) % 2:
             theirs = seconds_of(peer)
             rounds.append((seconds_of(ours), theirs))
         else:
@@ -74,9 +90,40 @@ def alternate(ours: Action, peer: Action, runs: int) -> list[tuple[float, float]
     return rounds
 
 
-def rates(rounds: Sequence[tuple[float, float]], count: float) -> list[tuple[float, float]]:
-    """Turn seconds into things a second."""
-    return [(count / mine, count / theirs) for mine, theirs in rounds]
+def rates(
+    rounds: Sequence[tuple[float, float]], count: float, peer_count: float | None = None
+) -> list[tuple[float, float]]:
+    """Turn seconds into things a second; the peer did `peer_count` of them, where that differs."""
+    theirs = count if peer_count is None else peer_count
+    return [(count / mine, theirs / other) for mine, other in rounds]
+
+
+ACTIONS: list[Action] = []
+"""What this process repeats, where it is one side's."""
+
+
+def _prepare(make: Callable[..., Action], arguments: tuple[object, ...]) -> None:
+    ACTIONS.append(make(*arguments))
+
+
+def _repeat(times: int) -> None:
+    for _ in range(times):
+        ACTIONS[0]()
+
+
+@contextmanager
+def own_process(make: Callable[..., Action], *arguments: object) -> Iterator[Callable[[int], None]]:
+    """Start a process of one side, which shares no allocator and no threads with the other's.
+
+    Args:
+        make: Of a module; gives what is repeated, in that process.
+        arguments: Its arguments.
+
+    Yields:
+        A function that has it repeated so many times, and waits.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn"), _prepare, (make, arguments)) as pool:
+        yield lambda times: pool.submit(_repeat, times).result()
 
 
 def make_row(
@@ -105,18 +152,22 @@ def text_of(row: Row) -> str:
     """Lay a row out for the screen."""
     verdict = "met" if row.is_met else "MISSED"
     return (
-        f"{row.name}: {row.ours:.4g} against {row.peer:.4g} {row.unit}: ratio {row.ratio:.3f}, "
-        f"target {row.bound} {row.target:g} ({verdict}, {row.runs} runs)"
+        f"{row.name}: {_figure(row.ours)} against {_figure(row.peer)} {row.unit}: "
+        f"ratio {row.ratio:.3f}, target {row.bound} {row.target:g} ({verdict}, {row.runs} runs)"
     )
 
 
 def keep(rows: Sequence[Row]) -> None:
-    """Write rows to results.json, in the place of older ones of the same names."""
+    """Write rows to results.json, in the place of older ones of the same names, and the page."""
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     names = {row.name for row in rows}
+    threads, load = torch.get_num_threads(), os.getloadavg()[0]
     machine = {
         "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
+        "load": round(load, 1),
+        # the rows are about two cores, and their own work is a load of one a thread
+        "is_provisional": threads != 2 or load > threads + 1,
         "date": time.strftime("%Y-%m-%d"),
         "versions": {name: _version(name) for name in PACKAGES},
     }
@@ -124,6 +175,32 @@ def keep(rows: Sequence[Row]) -> None:
     kept += [{**asdict(row), "is_met": row.is_met, **machine} for row in rows]
     kept.sort(key=lambda item: str(item["name"]))
     RESULTS.write_text(json.dumps(kept, indent=2) + "\n")
+    page = PAGE.read_text()
+    before, _, rest = page.partition(TABLE_START)
+    _, _, after = rest.partition(TABLE_END)
+    PAGE.write_text(f"{before}{TABLE_START}\n{table_of(kept)}\n{TABLE_END}{after}")
+
+
+def table_of(results: Sequence[dict[str, Any]]) -> str:
+    """Lay the content of results.json out in Markdown."""
+    lines = [
+        "| row | measured | ours | peer | ratio | target | runs | threads, load |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for item in results:
+        verdict = "" if item["is_met"] else ", **missed**"
+        note = " (provisional)" if item["is_provisional"] else ""
+        lines.append(
+            f"| {item['name']} | {item['what']} | {_figure(item['ours'])} {item['unit']} | "
+            f"{_figure(item['peer'])} | {item['ratio']:.3g} | "
+            f"{item['bound']} {item['target']}{verdict} | {item['runs']} | "
+            f"{item['threads']}, {item['load']}{note} |"
+        )
+    return "\n".join(lines)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _version(package: str) -> str:

@@ -21,6 +21,8 @@ from torchvision import transforms  # type: ignore[import-untyped]
 
 from ddpm_lightning import UNet
 
+CPU = torch.device("cpu")
+
 
 def diffusers_unet(ours: UNet) -> UNet2DModel:
     """Build diffusers' network for the same arguments, set to the authors' conventions."""
@@ -80,10 +82,21 @@ class DiffusersStep:
         net: Its network.
         pixels: See `diffusers_batches`.
         batch_size: Images in a step.
+        device: Where the step is taken.
+        dtype: The network's precision; below float32 by autocast, as `accelerate` does it.
     """
 
-    def __init__(self, net: UNet2DModel, pixels: NDArray[np.uint8], batch_size: int) -> None:
-        self._net = net.train()
+    def __init__(
+        self,
+        net: UNet2DModel,
+        pixels: NDArray[np.uint8],
+        batch_size: int,
+        device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._device = device
+        self._autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        self._net = net.train().to(device)
         self._batches = diffusers_batches(pixels, batch_size)
         self._scheduler = DDPMScheduler(num_train_timesteps=1000)
         self._optimizer = torch.optim.AdamW(
@@ -93,11 +106,13 @@ class DiffusersStep:
 
     def __call__(self) -> None:
         """Take it."""
-        x_0 = next(self._batches)
-        noise = torch.randn(x_0.shape)
-        t = torch.randint(0, 1000, (len(x_0),)).long()
+        x_0 = next(self._batches).to(self._device)
+        noise = torch.randn(x_0.shape, device=self._device)
+        t = torch.randint(0, 1000, (len(x_0),), device=self._device).long()
         x_t = self._scheduler.add_noise(x_0, noise, t)
-        loss = F.mse_loss(self._net(x_t, t).sample.float(), noise.float())
+        with self._autocast:
+            prediction = self._net(x_t, t).sample
+        loss = F.mse_loss(prediction.float(), noise.float())
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._net.parameters(), 1.0)
         self._optimizer.step()

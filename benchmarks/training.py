@@ -1,21 +1,20 @@
-"""The whole training step against diffusers': `python -m benchmarks.training`."""
+"""The whole training step against diffusers'."""
 
-import argparse
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.harness import Row, alternate, keep, make_row, rates, text_of
-from benchmarks.peers import DiffusersStep, diffusers_unet
+from benchmarks.harness import Row, alternate, make_row, own_process, rates
+from benchmarks.peers import CPU, DiffusersStep, diffusers_unet
 from ddpm_lightning import DDPM, UNet
 from ddpm_lightning.commands.allocator import keep_freed_memory
 from ddpm_lightning.data.datamodule import ImageDataModule
+from ddpm_lightning.randomness import to_device
 
 NUM_IMAGES = 512
 
@@ -30,6 +29,15 @@ def make_pixels(size: int, channels: int) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
+def write_images(folder: Path, pixels: NDArray[np.uint8]) -> Path:
+    """Write PNGs of uint8 [N, H, W, C] to a folder below this one, and name it."""
+    source = folder / "images"
+    source.mkdir()
+    for index, image in enumerate(pixels):
+        Image.fromarray(image.squeeze()).save(source / f"{index:05}.png")
+    return source
+
+
 class OurStep:
     """One training step: data, noise, loss, clipping, Adam, EMA, as `fit` takes it.
 
@@ -37,20 +45,28 @@ class OurStep:
         net: The network.
         pixels: See `make_pixels`.
         batch_size: Images in a step.
+        device: Where the step is taken.
+        dtype: The network's precision; below float32 by autocast.
     """
 
-    def __init__(self, net: UNet, pixels: NDArray[np.uint8], batch_size: int) -> None:
+    def __init__(
+        self,
+        net: UNet,
+        pixels: NDArray[np.uint8],
+        batch_size: int,
+        device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory()  # images and their cache, to the end
         folder = Path(self._folder.name)
-        source = folder / "images"
-        source.mkdir()
-        for index, image in enumerate(pixels):
-            Image.fromarray(image.squeeze()).save(source / f"{index:04}.png")
+        source = write_images(folder, pixels)
         data = ImageDataModule(
             str(source), batch_size=batch_size, flip=True, val_fraction=0, cache_dir=str(folder)
         )
         data.prepare_data()
-        self._model = DDPM(net, schedule="linear").train()
+        self._device = device
+        self._autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        self._model = DDPM(net, schedule="linear").train().to(device)
         self._batches = iter(data.train_dataloader())
         self._parameters = list(net.parameters())
         self._optimizer = torch.optim.Adam(self._parameters, lr=2e-4)
@@ -58,7 +74,10 @@ class OurStep:
 
     def __call__(self) -> None:
         """Take it."""
-        losses, _ = self._model.losses(next(self._batches), seed=0)
+        batch = next(self._batches)
+        batch = batch._replace(images=to_device(batch.images, self._device))
+        with self._autocast:
+            losses, _ = self._model.losses(batch, seed=0)
         losses.mean().backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
@@ -67,66 +86,46 @@ class OurStep:
         torch._foreach_lerp_(self._average, parameters, 1e-4)
 
 
-STEPS: list[OurStep | DiffusersStep] = []
-"""The one that this process takes, where it is a process of one side."""
+def our_step(arguments: tuple[Any, ...], batch_size: int, size: int) -> OurStep:
+    """Make this project's side; `fit` too changes how memory is freed."""
+    keep_freed_memory()
+    net = UNet(*arguments)
+    return OurStep(net, make_pixels(size, net.in_channels), batch_size)
 
 
-def prepare(is_ours: bool, arguments: tuple[object, ...], batch_size: int, size: int) -> None:
-    """Make this process one side; each has its own, for `fit` changes how memory is freed."""
-    net = UNet(*arguments)  # type: ignore[arg-type]
-    pixels = make_pixels(size, net.in_channels)
-    if is_ours:
-        keep_freed_memory()
-        STEPS.append(OurStep(net, pixels, batch_size))
-    else:
-        STEPS.append(DiffusersStep(diffusers_unet(net), pixels, batch_size))
+def diffusers_step(arguments: tuple[Any, ...], batch_size: int, size: int) -> DiffusersStep:
+    """Make diffusers' side."""
+    net = UNet(*arguments)
+    return DiffusersStep(diffusers_unet(net), make_pixels(size, net.in_channels), batch_size)
 
 
-def take(num_steps: int) -> None:
-    """Take steps, in a process that has been prepared."""
-    for _ in range(num_steps):
-        STEPS[0]()
-
-
-def training_row(
+def _compare(
     name: str,
     what: str,
-    arguments: tuple[object, ...],
+    arguments: tuple[Any, ...],
     batch_size: int,
     size: int,
     steps: int,
-    runs: int,
     target: float,
+    runs: int,
+    budget: float,
 ) -> Row:
-    """Compare images a second."""
-    spawn = get_context("spawn")
     with (
-        ProcessPoolExecutor(1, spawn, prepare, (True, arguments, batch_size, size)) as ours,
-        ProcessPoolExecutor(1, spawn, prepare, (False, arguments, batch_size, size)) as peer,
+        own_process(our_step, arguments, batch_size, size) as ours,
+        own_process(diffusers_step, arguments, batch_size, size) as peer,
     ):
-        rounds = alternate(
-            lambda: ours.submit(take, steps).result(),
-            lambda: peer.submit(take, steps).result(),
-            runs,
-        )
+        rounds = alternate(lambda: ours(steps), lambda: peer(steps), runs, budget)
     rows = rates(rounds, steps * batch_size)
     return make_row(name, what, "images/s", rows, "at least", target)
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=5)
-    runs = parser.parse_args().runs
-    rows = []
-    for row in (
-        ("train-small", "28x28, 32-64-64 channels, batch 64", SMALL, 64, 28, 3, runs, 1.4),
-        ("train-large", "the paper's CIFAR-10 network, batch 16", CIFAR10, 16, 32, 1, runs, 1.2),
-    ):
-        rows.append(training_row(*row))
-        print(text_of(rows[-1]), flush=True)
-    keep(rows)
+def train_small(runs: int, budget: float) -> Row:
+    """Compare whole training steps of a network that a CPU trains."""
+    what = "training step against diffusers', 28x28, 32-64-64 channels, batch 64"
+    return _compare("train-small", what, SMALL, 64, 28, 3, 1.4, runs, budget)
 
 
-if __name__ == "__main__":
-    main()
+def train_large(runs: int, budget: float) -> Row:
+    """Compare whole training steps of the paper's network."""
+    what = "training step against diffusers', the paper's CIFAR-10 network, batch 16"
+    return _compare("train-large", what, CIFAR10, 16, 32, 1, 1.2, runs, budget)

@@ -230,6 +230,10 @@ def select_weights(
     return state
 
 
+MEMORY_ONLY = "net.init_args.checkpointing"
+"""Changes no number: a run that ran out of memory may go on with it."""
+
+
 def check_same_model(checkpoint: dict[str, Any], ours: dict[str, Any], path: str | Path) -> None:
     """Refuse a checkpoint whose hyper-parameters are not ours, naming the first that differs.
 
@@ -242,8 +246,9 @@ def check_same_model(checkpoint: dict[str, Any], ours: dict[str, Any], path: str
         defaults = inspect.signature(import_network(mine["net.class_path"])).parameters.values()
         arguments = {p.name: p.default for p in defaults if p.default is not p.empty}
         theirs = flatten(arguments, "net.init_args.") | theirs
+    keys = (theirs.keys() | mine.keys()) - {MEMORY_ONLY}
     # the variance before the network, whose channels follow from it
-    for key in sorted(theirs.keys() | mine.keys(), key=lambda key: (key != "variance", key)):
+    for key in sorted(keys, key=lambda key: (key != "variance", key)):
         if theirs.get(key) != mine.get(key):
             raise InputError(
                 f"{path}: written with model.{key} = {theirs.get(key)}, but this command has "

@@ -211,7 +211,7 @@ def convert(image: Image.Image, size: tuple[int, int] | None, channels: int | No
     Raises:
         ValueError: The mode has no sensible 8-bit form.
     """
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise ValueError("32-bit float pixels have no fixed range; save it with 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -229,8 +229,8 @@ def convert(image: Image.Image, size: tuple[int, int] | None, channels: int | No
         image = image.convert("L")
     elif image.mode not in ("L", "RGB"):
         image = image.convert("RGB")
-    if channels is not None:
-        image = image.convert("L" if channels == 1 else "RGB")
+    if channels is not None and image.mode != (mode := "L" if channels == 1 else "RGB"):
+        image = image.convert(mode)  # which would copy one that has that mode
     if size is not None and image.size != (size[1], size[0]):
         image = ImageOps.fit(image, (size[1], size[0]), method=Image.Resampling.BICUBIC)
     array = np.asarray(image, dtype=np.uint8)

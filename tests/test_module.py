@@ -315,7 +315,7 @@ def test_damaged_and_foreign_files_are_refused(
         ({"state_dict": None}, "lacks state_dict"),
         ({"hyper_parameters": None}, "lacks hyper_parameters"),
         ({"hyper_parameters": {}}, "does not describe a model"),
-        ({"hyper_parameters": [1, 2]}, "does not describe a model"),
+        ({"hyper_parameters": [1, 2]}, "hyper_parameters is no dict"),
         ({"hyper_parameters": {"net": "UNet"}}, "does not describe a model"),
         ({"hyper_parameters": {"net": {"class_path": "tests.test_module.UserNet"}}}, "init_args"),
         ({"ema_state_dict": {}}, "does not describe a model"),

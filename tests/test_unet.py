@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from ddpm_lightning.checkpoints import check_same_model, describe
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.networks.unet import Attention, Downsample, ResBlock, UNet, timestep_embedding
 
@@ -143,3 +144,45 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.equal(net(x, t), net(x, t))
     net.eval()
     assert torch.equal(net(x, t), net(x, t))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing_changes_memory_and_no_gradient(dropout: float) -> None:
+    """Both values, with dropout's masks drawn again from the same random state."""
+    arguments = (1, 1, 32, (1, 2), 1, (1,), dropout)
+    nets = [UNet(*arguments, checkpointing=value).double() for value in (False, True)]
+    torch.manual_seed(0)
+    for parameter in nets[0].parameters():
+        nn.init.normal_(parameter, std=0.05)
+    nets[1].load_state_dict(nets[0].state_dict())
+    x, t = torch.randn(2, 1, 8, 8, dtype=torch.float64), torch.tensor([3, 900])
+
+    kept = []
+    for net in nets:
+        sizes: list[int] = []
+
+        def keep(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = net(x, t).square().mean()
+        kept.append(sum(sizes))
+        torch.rand(5)  # what is drawn between must not matter
+        loss.backward()
+    assert kept[1] < 0.5 * kept[0]
+    for plain, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert plain.grad is not None and other.grad is not None
+        torch.testing.assert_close(other.grad, plain.grad, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(nets[0].eval()(x, t), nets[1].eval()(x, t))
+
+
+def test_a_run_may_go_on_with_checkpointing_and_not_with_another_network() -> None:
+    plain, saving, other = (
+        {"net": describe(net)} for net in (UNet(), UNet(checkpointing=True), UNet(dropout=0.1))
+    )
+    check_same_model({"hyper_parameters": plain}, saving, "last.ckpt")
+    with pytest.raises(InputError, match=r"net\.init_args\.dropout = 0\.0"):
+        check_same_model({"hyper_parameters": plain}, other, "last.ckpt")

@@ -110,11 +110,11 @@ class WindowReader:
     def _move_on(self, run: Run) -> None:
         """Drop what a lane has shown, and begin with what it will show."""
         window, held = run.window, self._held[run.window.lane]
-        wanted = [window]
-        if 2 * int(run.offsets[-1]) >= window.stop - window.start - 1:
-            wanted.append(self._order.following(window))
-            self._begin(wanted[-1])
-        self._held[window.lane] = {one: held[one] for one in wanted}
+        *_, newest = held
+        if newest == window and 2 * int(run.offsets[-1]) >= window.stop - window.start - 1:
+            newest = self._order.following(window)
+            self._begin(newest)
+        self._held[window.lane] = {one: held[one] for one in (window, newest)}
 
     def _name(self, contents: _Contents, pick: int) -> str:
         for part in contents.parts:
@@ -275,6 +275,8 @@ class StreamLoader(DataLoader[Batch]):
             if isinstance(part, InputError):
                 raise part
             joined.append(part)
+        if len(joined) == 1 and not self._pin:
+            return joined[0]  # no copy
         images = torch.cat([part.images for part in joined])
         positions = np.concatenate([part.positions for part in joined])
         return Batch(images.pin_memory() if self._pin else images, positions)

@@ -133,17 +133,21 @@ class StreamOrder:
         places = np.asarray(
             self._lane_start(epochs, lanes) + self._index_in_lane(positions, epochs, lanes)
         )
-        groups = np.empty_like(positions)
+        groups, starts, stops = np.empty((3, *positions.shape), dtype=np.int64)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            groups[here] = _interval(self._epoch(epoch).borders, places[here])
+            borders = self._epoch(epoch).borders
+            groups[here] = _interval(borders, places[here])
+            starts[here], stops[here] = borders[groups[here]], borders[groups[here] + 1]
+        starts = np.maximum(starts, self._lane_start(epochs, lanes))
+        stops = np.minimum(stops, self._lane_start(epochs, lanes + 1))
         keys = np.stack([epochs, lanes, groups])
         cuts = np.flatnonzero((np.diff(keys) != 0).any(axis=0)) + 1
         edges = [0, *cuts.tolist(), len(positions)]
         runs = []
         for first, last in pairwise(edges):
             if first < last:  # else there are no positions
-                window = self._window(int(epochs[first]), int(lanes[first]), int(places[first]))
+                window = Window(*(int(each[first]) for each in (epochs, lanes, starts, stops)))
                 runs.append(Run(window, slice(first, last), places[first:last] - window.start))
         return runs
 

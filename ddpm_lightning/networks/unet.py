@@ -1,11 +1,13 @@
 """The U-Net of Ho et al. 2020 (appendix B), all of it in this file."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ddpm_lightning.errors import InputError
 
@@ -81,11 +83,11 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Map x [N, C_in, H, W] and the activated embedding [N, E] to [N, C_out, H, W]."""
-        h = self.conv_1(F.silu(self.norm_1(x)))
+        shortcut: Tensor = self.shortcut(x)  # first: after conv_2 nothing is kept for the gradient
+        h: Tensor = self.conv_1(F.silu(self.norm_1(x)))
         h = h + self.embed(embedding)[:, :, None, None]
         h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
-        output: Tensor = self.shortcut(x) + h
-        return output
+        return shortcut + h
 
 
 class Attention(nn.Module):
@@ -120,6 +122,12 @@ class Block(nn.Module):
         """Map x [N, C_in, H, W] and the activated embedding [N, E] to [N, C_out, H, W]."""
         x = self.res(x, embedding)
         return x if self.attention is None else self.attention(x)
+
+
+def _joined(block: Block, h: Tensor, skip: Tensor, embedding: Tensor) -> Tensor:
+    """Run a block on two inputs, whose joint copy is then within the block."""
+    output: Tensor = block(torch.cat([h, skip], dim=1), embedding)
+    return output
 
 
 class Downsample(nn.Module):
@@ -170,6 +178,8 @@ class UNet(nn.Module):
         group_channels: Channels in a group of the norms, at least, where 32 groups would have
             fewer; divides 32. The paper's networks have 4 and more. With 1, timestep and class are
             lost where there are 32 channels: normalised alone, a channel forgets what was added.
+        checkpointing: In training, keep each layer's input alone, and compute the rest again for
+            the gradient (Chen et al. 2016): less memory, more time, the same numbers.
     """
 
     def __init__(
@@ -183,6 +193,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         num_classes: int = 0,
         group_channels: int = 4,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         _check(
@@ -205,6 +216,7 @@ class UNet(nn.Module):
         self.dropout = dropout
         self.num_classes = num_classes
         self.group_channels = group_channels
+        self.checkpointing = checkpointing
 
         embed_channels = 4 * base_channels
         self.embed_1 = _linear(base_channels, embed_channels)
@@ -274,16 +286,30 @@ class UNet(nn.Module):
         h = self.conv_in(x)
         skips = [h]
         for layer in self.down:
-            h = layer(h, embedding) if isinstance(layer, Block) else layer(h)
+            inputs = (h, embedding) if isinstance(layer, Block) else (h,)
+            h = self._run(layer, *inputs)
             skips.append(h)
-        h = self.mid_2(self.mid_1(h, embedding), embedding)
+        h = self._run(self.mid_1, h, embedding)
+        h = self._run(self.mid_2, h, embedding)
         for layer in self.up:
             if isinstance(layer, Block):
-                h = layer(torch.cat([h, skips.pop()], dim=1), embedding)
+                h = self._run(_joined, layer, h, skips.pop(), embedding)
             else:
-                h = layer(h)
+                h = self._run(layer, h)
+        return self._run(self._output, h)
+
+    def _output(self, h: Tensor) -> Tensor:
         output: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         return output
+
+    def _run(self, layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """Run a layer, keeping only its inputs for the gradient where that is asked for."""
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            # Recomputing stops at the last thing that is kept, which is before a convolution, so
+            # that no layer's last one is done again. Dropout's random state is restored.
+            kept: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
+            return kept
+        return layer(*inputs)
 
     def check_size(self, height: int, width: int) -> None:
         """Refuse a size that cannot be halved once per level, naming the nearest that can.

@@ -1,0 +1,157 @@
+"""What `fit` and sampling add to what cannot be avoided."""
+
+import inspect
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from benchmarks.harness import Action, Row, alternate, make_row, own_process, rates, seconds_of
+from benchmarks.peers import CPU
+from benchmarks.training import SMALL, make_pixels, our_step, write_images
+from ddpm_lightning import DDPM, UNet, cli
+from ddpm_lightning.randomness import NoiseStreams
+from ddpm_lightning.samplers import DDPMSampler
+
+BATCH_SIZE, SIZE = 64, 28
+NUM_STEPS = 20  # of a chain
+
+
+class EndsAtFirstStep(Callback):
+    """Ends the process after the first step, without what a run does at its end."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End it."""
+        os._exit(0)
+
+
+def start(runs: int, budget: float) -> Row:
+    """Compare the time to the first step of the digits experiment with that of bare imports."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def fit() -> None:
+            callback = "--trainer.callbacks=benchmarks.command.EndsAtFirstStep"
+            options = ["fit", f"--run_dir={tempfile.mkdtemp(dir=folder)}/run", callback]
+            _call("-m", "ddpm_lightning", *options)
+
+        rounds = alternate(fit, lambda: _call("-c", "import torch, lightning"), runs, budget)
+    what = "`fit` to the end of its first step, against `import torch, lightning`"
+    return make_row("start", what, "s", rounds, "at most", 2)
+
+
+def _call(*arguments: str) -> None:
+    null = subprocess.DEVNULL
+    subprocess.run([sys.executable, *arguments], check=True, stdout=null, stderr=null)
+
+
+PEERS: list[Callable[[int], None]] = []
+ROUNDS: list[tuple[float, float]] = []
+"""Of `Turns`, which `fit` makes from options: the peer, and the seconds a step."""
+
+
+class Turns(Callback):
+    """Takes turns with a peer: some steps of the Trainer, then as many of the peer's.
+
+    Args:
+        steps: In a turn.
+        runs: Rounds, after one that does not count.
+        budget: Seconds after which no further round begins.
+    """
+
+    def __init__(self, steps: int, runs: int, budget: float) -> None:
+        self._steps = steps
+        self._runs = runs
+        self._end = time.perf_counter() + budget
+        self._num_turns = 0
+        self._start = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the first turn."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End a turn, let the peer have its own, and start the next."""
+        if trainer.global_step % self._steps:
+            return
+        ours = time.perf_counter() - self._start
+        theirs = seconds_of(lambda: PEERS[0](self._steps))
+        if self._num_turns:
+            ROUNDS.append((ours / self._steps, theirs / self._steps))
+        self._num_turns += 1
+        is_late = len(ROUNDS) >= 2 and time.perf_counter() > self._end
+        trainer.should_stop = len(ROUNDS) == self._runs or is_late
+        self._start = time.perf_counter()
+
+
+def trainer_cost(runs: int, budget: float) -> Row:
+    """Compare a step of `fit` with one of a bare loop, in processes of their own."""
+    steps = 10
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        own_process(our_step, SMALL, BATCH_SIZE, SIZE) as bare,
+    ):
+        source = write_images(Path(folder), make_pixels(SIZE, SMALL[0]))
+        PEERS.append(bare)
+        names = list(inspect.signature(UNet).parameters)
+        sys.argv[1:] = [
+            "fit",
+            *(f"--model.net.{name}={_text(value)}" for name, value in zip(names, SMALL)),  # noqa: B905
+            "--model.schedule=linear",
+            f"--data.source={source}",
+            f"--data.cache_dir={folder}",
+            f"--data.batch_size={BATCH_SIZE}",
+            "--data.val_fraction=0",
+            "--data.flip=true",
+            "--fid.every_n_steps=0",
+            "--samples.every_n_steps=0",
+            "--trainer.max_steps=1000000",
+            "--trainer.callbacks=benchmarks.command.Turns",
+            f"--trainer.callbacks.steps={steps}",
+            f"--trainer.callbacks.runs={runs}",
+            f"--trainer.callbacks.budget={budget}",
+            f"--run_dir={folder}/run",
+        ]
+        assert cli.main() == 0
+    what = "a step of `fit` against one of a bare loop, 28x28, 32-64-64 channels, batch 64"
+    return make_row("trainer-cost", what, "s", ROUNDS, "at most", 1.02)
+
+
+def _text(value: object) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def sampling(is_ours: bool, device: torch.device = CPU) -> Action:
+    """Make a chain of ancestral sampling, or of calls of the bare network alone."""
+    net = UNet(*SMALL)
+    model = DDPM(net, image_shape=(SMALL[0], SIZE, SIZE)).eval().to(device)
+    sampler = DDPMSampler(num_steps=NUM_STEPS)
+    x_t = NoiseStreams(range(BATCH_SIZE), device).normal((SMALL[0], SIZE, SIZE))
+    visited = np.linspace(999, 0, NUM_STEPS).astype(int)
+    timesteps = [torch.full((BATCH_SIZE,), t, device=device) for t in visited]
+
+    @torch.no_grad()
+    def bare() -> None:
+        for t in timesteps:
+            net(x_t, t)
+
+    return (lambda: model.sample(range(BATCH_SIZE), sampler)) if is_ours else bare
+
+
+def sampler_cost(runs: int, budget: float) -> Row:
+    """Compare evaluations a second of sampling with those of the bare network in a loop."""
+    ours, bare = sampling(True), sampling(False)
+    rounds = rates(alternate(ours, bare, runs, budget), NUM_STEPS * BATCH_SIZE)
+    what = "ancestral sampling, images times evaluations, against the bare network in a loop"
+    return make_row("sampler-cost", what, "images/s", rounds, "at least", 0.97)

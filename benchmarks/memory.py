@@ -1,0 +1,109 @@
+"""Memory of a training step of a large network, with checkpointing of activations."""
+
+import ctypes
+import gc
+import platform
+import resource
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import Row, alternate, make_row, own_process
+from benchmarks.peers import diffusers_unet
+from ddpm_lightning import UNet
+
+PIXELS_256 = (3, 3, 128, (1, 1, 2, 2, 4, 4), 2, (4,), 0.0)
+"""The paper's network for 256x256 (Ho et al. 2020, appendix B)."""
+SIZE = 256
+MEGABYTE = 2**20
+
+
+class NetworkStep:
+    """Forward, backward and Adam of a network alone, batch 1; keeps what memory it took.
+
+    Args:
+        is_ours: Whether this project's network or diffusers'.
+        checkpointing: Whether activations are computed again rather than kept.
+    """
+
+    def __init__(self, is_ours: bool, checkpointing: bool) -> None:
+        net: Any = UNet(*PIXELS_256, checkpointing=checkpointing)
+        if not is_ours:
+            net = diffusers_unet(net)
+            if checkpointing:
+                net.enable_gradient_checkpointing()
+        self._net = net.train()
+        self._is_ours = is_ours
+        self._optimizer = torch.optim.Adam(net.parameters(), lr=2e-4)
+        self._x, self._t = torch.randn(1, 3, SIZE, SIZE), torch.tensor([500])
+        # its state and the gradients exist before the memory is looked at
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self._optimizer.step()
+        gc.collect()
+        self._before = resident()
+
+    def __call__(self) -> None:
+        """Take it."""
+        output: Any = self._net(self._x, self._t)
+        prediction: Tensor = output if self._is_ours else output.sample
+        F.mse_loss(prediction, self._x).backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=False)
+
+    def megabytes(self) -> float:
+        """Give how much more memory there was at most than before the first step."""
+        return (peak() - self._before) / MEGABYTE
+
+
+def resident() -> int:
+    """Give this process's memory now, in bytes, after freed memory went back to the system."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak() -> int:
+    """Give the highest memory of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def megabytes_of(is_ours: bool) -> float:
+    """Give the memory of two steps with checkpointing; for a process of its own."""
+    step = NetworkStep(is_ours, True)
+    step()
+    step()
+    return step.megabytes()
+
+
+def memory(runs: int, budget: float) -> Row:
+    """Compare the highest memory with checkpointing of activations; a new process each time."""
+    end = time.perf_counter() + budget
+    rounds: list[tuple[float, float]] = []
+    while len(rounds) < runs and (not rounds or time.perf_counter() < end):
+        sizes = []
+        for is_ours in (True, False):
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                sizes.append(pool.submit(megabytes_of, is_ours).result())
+        rounds.append((sizes[0], sizes[1]))
+    what = "peak memory of a step over that before it, 256x256 network, batch 1, checkpointing"
+    return make_row("memory", what, "MB", rounds, "at most", 0.5)
+
+
+def memory_time(runs: int, budget: float) -> Row:
+    """Compare the time with checkpointing and without."""
+    with (
+        own_process(NetworkStep, True, True) as ours,
+        own_process(NetworkStep, True, False) as plain,
+    ):
+        rounds = alternate(lambda: ours(1), lambda: plain(1), runs, budget)
+    what = "the same network's step with checkpointing against ours without"
+    return make_row("memory-time", what, "s", rounds, "at most", 1.35)
