@@ -89,13 +89,13 @@ class OurStep:
 def our_step(arguments: tuple[Any, ...], batch_size: int, size: int) -> OurStep:
     """Make this project's side; `fit` too changes how memory is freed."""
     keep_freed_memory()
-    net = UNet(*arguments)
+    net = UNet(*arguments, group_channels=1)  # as diffusers' 32 groups
     return OurStep(net, make_pixels(size, net.in_channels), batch_size)
 
 
 def diffusers_step(arguments: tuple[Any, ...], batch_size: int, size: int) -> DiffusersStep:
     """Make diffusers' side."""
-    net = UNet(*arguments)
+    net = UNet(*arguments, group_channels=1)  # as diffusers' 32 groups
     return DiffusersStep(diffusers_unet(net), make_pixels(size, net.in_channels), batch_size)
 
 
