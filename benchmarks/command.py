@@ -108,7 +108,6 @@ def trainer_cost(runs: int, budget: float) -> Row:
         sys.argv[1:] = [
             "fit",
             *(f"--model.net.{name}={_text(value)}" for name, value in zip(names, SMALL)),  # noqa: B905
-            "--model.net.group_channels=1",
             "--model.schedule=linear",
             f"--data.source={source}",
             f"--data.cache_dir={folder}",
@@ -135,7 +134,7 @@ def _text(value: object) -> str:
 
 def sampling(is_ours: bool, device: torch.device = CPU) -> Action:
     """Make a chain of ancestral sampling, or of calls of the bare network alone."""
-    net = UNet(*SMALL, group_channels=1)
+    net = UNet(*SMALL)
     model = DDPM(net, image_shape=(SMALL[0], SIZE, SIZE)).eval().to(device)
     sampler = DDPMSampler(num_steps=NUM_STEPS)
     x_t = NoiseStreams(range(BATCH_SIZE), device).normal((SMALL[0], SIZE, SIZE))

@@ -47,7 +47,7 @@ def steps(
     dtype: torch.dtype,
 ) -> Action:
     """Make one side's training steps."""
-    net = UNet(*arguments, group_channels=1)  # as diffusers' 32 groups
+    net = UNet(*arguments)
     pixels = make_pixels(size, net.in_channels)
     step: Action
     if is_ours:
@@ -76,7 +76,7 @@ def never_waits(step: Action, device: torch.device) -> None:
 def flops_of(arguments: tuple[Any, ...], batch_size: int, size: int) -> int:
     """Count the floating-point operations of a training step: forward, and twice that backward."""
     with torch.device("meta"):
-        net = UNet(*arguments, group_channels=1)  # as diffusers' 32 groups
+        net = UNet(*arguments)
         x, t = torch.empty(batch_size, net.in_channels, size, size), torch.zeros(batch_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(x, t.long())

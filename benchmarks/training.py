@@ -20,7 +20,7 @@ NUM_IMAGES = 512
 
 CIFAR10 = (3, 3, 128, (1, 2, 2, 2), 2, (1,), 0.1)
 """The paper's network (Ho et al. 2020, appendix B)."""
-SMALL = (1, 1, 32, (1, 2, 2), 1, (2,), 0.0)
+SMALL = (1, 1, 32, (1, 2, 2), 1, (2,), 0.0, 0, 1)  # 32 groups in all norms, as diffusers has
 
 
 def make_pixels(size: int, channels: int) -> NDArray[np.uint8]:
@@ -89,13 +89,13 @@ class OurStep:
 def our_step(arguments: tuple[Any, ...], batch_size: int, size: int) -> OurStep:
     """Make this project's side; `fit` too changes how memory is freed."""
     keep_freed_memory()
-    net = UNet(*arguments, group_channels=1)  # as diffusers' 32 groups
+    net = UNet(*arguments)
     return OurStep(net, make_pixels(size, net.in_channels), batch_size)
 
 
 def diffusers_step(arguments: tuple[Any, ...], batch_size: int, size: int) -> DiffusersStep:
     """Make diffusers' side."""
-    net = UNet(*arguments, group_channels=1)  # as diffusers' 32 groups
+    net = UNet(*arguments)
     return DiffusersStep(diffusers_unet(net), make_pixels(size, net.in_channels), batch_size)
 
 
