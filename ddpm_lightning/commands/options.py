@@ -47,6 +47,7 @@ _READABLE = [
 # Of a file of options: ten times what any has.
 _MAX_DEPTH = 50
 _MAX_NODES = 10_000
+_NESTED = "not options: nested too deeply, or by *names to too many values"
 
 
 class LineErrors(ArgumentParser):
@@ -113,7 +114,9 @@ def _check_yaml(text: str) -> dict[str, yaml.Node]:
     """
     try:
         root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError:
+    except yaml.YAMLError as error:
+        if "nesting depth" in str(error):  # PyYAML from 6.0.4 on has a limit of its own
+            raise ValueError(_NESTED) from error
         return {}  # the parser says it
     found: dict[str, yaml.Node] = {}
     nodes = deque([(root, "", 0)])
@@ -122,7 +125,7 @@ def _check_yaml(text: str) -> dict[str, yaml.Node]:
         node, prefix, depth = nodes.pop()
         num_nodes += 1
         if depth > _MAX_DEPTH or num_nodes > _MAX_NODES:  # *names lead to the same node again
-            raise ValueError("not options: nested too deeply, or by *names to too many values")
+            raise ValueError(_NESTED)
         if isinstance(node, yaml.ScalarNode) and "\0" in node.value:  # no path or name has one
             raise ValueError(f"{prefix.removesuffix('.')}: holds a character of code 0")
         if isinstance(node, yaml.SequenceNode):
