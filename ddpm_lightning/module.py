@@ -1,16 +1,14 @@
 """DDPM: wires data, process, network and sampler together; the mathematics is elsewhere."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ddpm_lightning import checkpoints
 from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.data.datamodule import Batch
+from ddpm_lightning.denoiser import Denoiser
 from ddpm_lightning.diffusion.combinations import Loss, Weighting
 from ddpm_lightning.diffusion.likelihood import Bound, bound_terms
 from ddpm_lightning.diffusion.objectives import Objective
@@ -30,49 +29,16 @@ from ddpm_lightning.diffusion.timestep_sampling import (
 )
 from ddpm_lightning.diffusion.timesteps import draw_timesteps
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.images import to_float, to_uint8
+from ddpm_lightning.images import to_float
 from ddpm_lightning.nonfinite import BadSteps, OnNonfinite, leave_out
-from ddpm_lightning.randomness import (
-    NUM_SEEDS,
-    NoiseStreams,
-    Stream,
-    hash_indices,
-    hash_uniform,
-    to_device,
-)
-from ddpm_lightning.samplers import (
-    Draw,
-    Guidance,
-    Guided,
-    Network,
-    Sampler,
-    SamplerName,
-    Start,
-    Step,
-    check_guidance,
-    check_labels,
-    make_guidance,
-    make_sampler,
-)
+from ddpm_lightning.randomness import NoiseStreams, Stream, hash_indices, hash_uniform, to_device
+from ddpm_lightning.samplers import Network
 
 VALIDATION_SEED = 20200619
 """Keys validation's t and noise: the same in every run, so that curves can be compared."""
 
 
-def finished_images(last: Step) -> Tensor:
-    """Turn the last step of a chain into uint8 images [N, C, H, W].
-
-    Raises:
-        InputError: A sample is not finite.
-    """
-    if not last.x_prev.isfinite().all():
-        raise InputError(
-            "a sample is not finite: the weights have diverged; take an earlier checkpoint"
-        )
-    return to_uint8(last.x_prev)
-
-
-class DDPM(LightningModule):
+class DDPM(Denoiser, LightningModule):
     """A denoising diffusion probabilistic model (Ho, Jain, Abbeel 2020).
 
     Args:
@@ -123,19 +89,15 @@ class DDPM(LightningModule):
         on_nonfinite: OnNonfinite = "stop",
         seed: int = 0,
     ) -> None:
-        super().__init__()
         if lr_warmup_steps < 0:
             raise InputError(f"lr_warmup_steps must be at least 0, got {lr_warmup_steps}")
         if not 0 <= label_dropout < 1:
             raise InputError(f"label_dropout must lie in [0, 1), got {label_dropout:g}")
-        self.net = net
-        # a user's network need not say that it knows no classes
-        self.num_classes: int = getattr(net, "num_classes", 0)
-        self.label_dropout = label_dropout
         betas = make_betas(schedule, num_timesteps, beta_start, beta_end)
         if zero_terminal_snr:
             betas = rescale_to_zero_snr(betas)
-        self.process = Process(betas, variance, prediction=prediction)
+        process = Process(betas, variance, prediction=prediction)
+        super().__init__(net, process, label_dropout, image_shape)
         self._objective = Objective(self.process, loss, weighting)
         if timestep_sampling not in TIMESTEP_SAMPLERS:
             raise InputError(
@@ -145,7 +107,6 @@ class DDPM(LightningModule):
         self._timesteps = TIMESTEP_SAMPLERS[timestep_sampling](num_timesteps)
         # of the micro-batches of this step so far: t and losses
         self._seen: list[tuple[Tensor, Tensor]] = []
-        self.image_shape = None if image_shape is None else tuple(image_shape)
         self.grad_norm: Tensor | None = None
         self.bad_steps = BadSteps(are_final=on_nonfinite == "stop")
         self._step_loss = torch.zeros(())
@@ -219,185 +180,7 @@ class DDPM(LightningModule):
         if isinstance(self._timesteps, LossSecondMoment):
             self._timesteps.load_state_dict(checkpoint.get("timestep_sampling", {}))
 
-    # --- noise to images -----------------------------------------------------------------------
-
-    def sample(
-        self,
-        seeds: Sequence[int],
-        sampler: SamplerName | Sampler = "ddpm",
-        num_steps: int | None = None,
-        batch_size: int = 64,
-        labels: Sequence[int] | None = None,
-        guidance: float | None = None,
-        guidance_rescale: float | None = None,
-    ) -> Tensor:
-        """Turn seeds into images.
-
-        Args:
-            seeds: One per image, each in [0, 2^32). An image is a function of the weights, the
-                sampler and its own seed; others in the batch do not matter but for rounding.
-            sampler: Its name, or a `Sampler` for the less usual options.
-            num_steps: Timesteps to visit, for a sampler given by name; None is its default.
-            batch_size: Images at a time.
-            labels: The images' classes, one per seed; by default all in turn (see `labels_of`).
-            guidance: See `Guidance`; 1, the conditional model, when None.
-            guidance_rescale: See `Guidance`; 0 when None.
-
-        Returns:
-            uint8 [N, C, H, W] on the CPU.
-        """
-        if not isinstance(sampler, Sampler):
-            sampler = make_sampler(sampler, num_steps)
-        batches = self.batches(
-            seeds,
-            sampler,
-            batch_size,
-            labels=self.labels_of(seeds) if labels is None else labels,
-            guidance=make_guidance(guidance, guidance_rescale),
-        )
-        return torch.cat([images.cpu() for images in batches])
-
-    def labels_of(self, seeds: Sequence[int]) -> list[int] | None:
-        """Give the classes that samples have by default: seed i's is i modulo `num_classes`.
-
-        None for a model without classes.
-        """
-        return [seed % self.num_classes for seed in seeds] if self.num_classes else None
-
-    def batches(
-        self,
-        seeds: Sequence[int],
-        sampler: Sampler,
-        batch_size: int,
-        after_step: Callable[[], object] | None = None,
-        start: Start | None = None,
-        labels: Sequence[int] | None = None,
-        guidance: Guidance | None = None,
-    ) -> Iterator[Tensor]:
-        """Yield images batch by batch, uint8 [<= batch_size, C, H, W] on the module's device.
-
-        Args:
-            seeds: See `sample`.
-            sampler: The sampler.
-            batch_size: Images at a time.
-            after_step: Called after each step of a chain; what it raises ends the work.
-            start: Where in the middle of the chain to start, one x_t per seed (see `denoise`).
-            labels: The images' classes, one per seed; None tells the network none.
-            guidance: How strongly samples are drawn towards their classes.
-
-        Raises:
-            InputError: A sample is not finite; or see `denoise`.
-        """
-        for first in range(0, len(seeds), batch_size):
-            part = slice(first, first + batch_size)
-            start_of = None if start is None else Start(start.x_t[part], start.t)
-            told = None if labels is None else labels[part]
-            step = None
-            # not `*_, last`: that keeps all the steps, a thousand batches of images
-            for step in self.denoise(seeds[part], sampler, start_of, told, guidance):  # noqa: B007
-                if after_step is not None:
-                    after_step()
-            assert step is not None
-            yield finished_images(step)
-
-    @torch.no_grad()
-    def denoise(
-        self,
-        seeds: Sequence[int],
-        sampler: Sampler,
-        start: Start | None = None,
-        labels: Sequence[int] | None = None,
-        guidance: Guidance | None = None,
-    ) -> Iterator[Step]:
-        """Run one batch of seeds through the reverse process, yielding every step of the chain.
-
-        The network is in eval mode meanwhile. No global random state is read or changed.
-
-        Args:
-            seeds: One per image.
-            sampler: The sampler.
-            start: Where in the middle of the chain to start: the seeds give the noise of the steps
-                that are left. None starts from x_T, which is then the seeds' first draw.
-            labels: The images' classes, one per seed; None tells the network none.
-            guidance: How strongly samples are drawn towards them; None is scale 1.
-
-        Raises:
-            InputError: A seed or label is out of range, or the model was not trained for that.
-        """
-        if self.image_shape is None:
-            raise InputError("image_shape is not known yet: give it to DDPM, or fit first")
-        if not all(0 <= seed < NUM_SEEDS for seed in seeds):
-            raise InputError(f"seeds must lie in 0..{NUM_SEEDS - 1}")
-        net = self._told(labels, guidance)
-        if labels is not None and len(labels) != len(seeds):
-            raise InputError(f"labels: {len(labels)} of them for {len(seeds)} seeds")
-        draw, process = self._draws(seeds, self.image_shape), self.process
-        if start is not None:
-            sampler, process = sampler.below(process, start.t)
-            # a sampler's first draw is where its chain starts
-            given, fresh = [start.x_t.to(self.device, self._noising_dtype)], draw
-
-            def draw() -> Tensor:
-                return given.pop() if given else fresh()
-
-        was_training = self.net.training
-        self.net.eval()
-        try:
-            yield from sampler(net, process, draw)
-        finally:
-            self.net.train(was_training)
-
-    def check_guidance(self, guidance: Guidance | None) -> None:
-        """Refuse guidance that the model has not been trained for.
-
-        Raises:
-            InputError: It knows no classes, or has never seen an image without a label.
-        """
-        check_guidance(guidance, self.num_classes, self.label_dropout)
-
-    def _told(self, labels: Sequence[int] | None, guidance: Guidance | None) -> Network:
-        """Give the network as it is for these labels."""
-        self.check_guidance(guidance)
-        if labels is None:
-            if guidance is not None:
-                raise InputError(f"guidance {guidance.scale:g}: needs labels")
-            return self
-        check_labels(labels, self.num_classes)
-        told = to_device(torch.tensor(labels, dtype=torch.int64), self.device)
-        return Guided(self, told, guidance or Guidance())
-
-    def _draws(self, seeds: Sequence[int] | NDArray[np.uint64], shape: Sequence[int]) -> Draw:
-        """Make the function whose k-th call gives the k-th draw of each seed."""
-        # On the CPU, so that a seed means the same picture on any kind of device.
-        streams = NoiseStreams(seeds, torch.device("cpu"), self.device.type == "cuda")
-        return lambda: to_device(streams.normal(shape), self.device).to(self._noising_dtype)
-
     # --- images to loss ------------------------------------------------------------------------
-
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Run the network at its own precision.
-
-        Args:
-            x_t: Float [N, C, H, W].
-            t: int64 [N].
-            labels: int64 [N] in [0, num_classes], where `num_classes` is no label, as None is.
-
-        Returns:
-            Its output, [N, C or 2C, H, W] in the dtype of x_t.
-
-        Raises:
-            InputError: There are no labels, and the model has never seen an image without one.
-        """
-        if self.num_classes and labels is None:
-            if not self.label_dropout:
-                raise InputError(
-                    "the model was trained with label_dropout 0, and has never seen an image "
-                    "without a label: it can do nothing but sample with labels"
-                )
-            labels = torch.full_like(t, self.num_classes)
-        told = () if labels is None else (labels,)
-        output: Tensor = self.net(x_t.to(self._net_dtype), t, *told)
-        return output.to(x_t.dtype)
 
     def losses(self, batch: Batch, seed: int, t: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noise a batch at random timesteps and take the loss of each image.
@@ -600,15 +383,6 @@ class DDPM(LightningModule):
         finite = all_losses.isfinite()  # a step that is left out must not poison the draws
         timesteps.update(all_t[finite], all_losses[finite])
         self._seen = []
-
-    @property
-    def _net_dtype(self) -> torch.dtype:
-        return next(self.net.parameters()).dtype
-
-    @property
-    def _noising_dtype(self) -> torch.dtype:
-        # float32 under any reduced precision: in bfloat16 small betas vanish
-        return torch.float64 if self._net_dtype == torch.float64 else torch.float32
 
     def _dropout_seed(self, batch_idx: int) -> int:
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches

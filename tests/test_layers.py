@@ -18,6 +18,7 @@ ORDER = [
     ("labelled_grid",),
     ("networks", "diffusion", "data", "checkpoints"),
     ("samplers", "nonfinite", "coding"),
+    ("denoiser",),
     ("module",),
     ("metrics", "interop"),
     ("callbacks",),

@@ -19,9 +19,9 @@ from ddpm_lightning.commands.progressive import choose_steps
 from ddpm_lightning.commands.run_config import RunConfig
 from ddpm_lightning.data.batches import Images
 from ddpm_lightning.data.items import SplitName
+from ddpm_lightning.denoiser import finished_images
 from ddpm_lightning.images import centre_crop, to_float, to_uint8
 from ddpm_lightning.labelled_grid import Group, labelled_grid
-from ddpm_lightning.module import finished_images
 from ddpm_lightning.randomness import NoiseStreams, derive_seed
 from ddpm_lightning.runs import Run
 from ddpm_lightning.samplers import (

@@ -15,6 +15,7 @@ from ddpm_lightning.commands.options import parse_options, parse_ranges
 from ddpm_lightning.commands.settings import claim_folder
 from ddpm_lightning.commands.shell import announce, run_command
 from ddpm_lightning.commands.trainer import make_trainer
+from ddpm_lightning.denoiser import finished_images
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import (
     decode,
@@ -25,7 +26,7 @@ from ddpm_lightning.images import (
     write_png,
 )
 from ddpm_lightning.metrics.record import describe_sampler, sampler_slug
-from ddpm_lightning.module import DDPM, finished_images
+from ddpm_lightning.module import DDPM
 from ddpm_lightning.runs import is_rank_zero
 from ddpm_lightning.samplers import Clip, Sampler, SamplerName, make_sampler
 

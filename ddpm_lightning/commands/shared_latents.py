@@ -18,10 +18,10 @@ from ddpm_lightning.commands.pictures import (
 )
 from ddpm_lightning.commands.sample import parse_seeds, seeds_to_text
 from ddpm_lightning.commands.shell import run_command
+from ddpm_lightning.denoiser import finished_images
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import to_uint8
 from ddpm_lightning.labelled_grid import Group, labelled_grid
-from ddpm_lightning.module import finished_images
 from ddpm_lightning.randomness import NoiseStreams, derive_seed
 from ddpm_lightning.samplers import Start, make_sampler
 
