@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.command import sampling
 from benchmarks.harness import Action, Row, alternate, make_row, own_process, rates, text_of
-from benchmarks.peers import DiffusersStep, diffusers_unet
+from benchmarks.peers import DiffusersStep
 from benchmarks.training import CIFAR10, SMALL, OurStep, make_pixels
 from ddpm_lightning import UNet
+from tests.parity.networks import diffusers_unet
 
 SHAPES = (
     ("train-small", SMALL, 256, 28, 1.4),

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Row, alternate, make_row, own_process
-from benchmarks.peers import diffusers_unet
 from ddpm_lightning import UNet
+from tests.parity.networks import diffusers_unet
 
 PIXELS_256 = (3, 3, 128, (1, 1, 2, 2, 4, 4), 2, (4,), 0.0)
 """The paper's network for 256x256 (Ho et al. 2020, appendix B)."""

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import shutil
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +67,26 @@ def default_cache_dir() -> Path:
     return Path(folder) if folder else Path.home() / ".cache" / "ddpm_lightning"
 
 
+def locked(path: Path, what: str) -> AbstractContextManager[object]:
+    """Wait for the other processes that would build this file or folder of the cache.
+
+    Args:
+        path: What is to be built; the folder that it lies in is made if need be.
+        what: What it holds, as users know it.
+
+    Raises:
+        InputError: The cache's folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path.with_suffix(".lock")).acquire()
+    except OSError as error:
+        raise InputError(
+            f"{path.parent} cannot hold {what} ({error}); name another folder by "
+            "--data.cache_dir or $DDPM_LIGHTNING_CACHE"
+        ) from error
+
+
 def open_images(
     source: Source,
     split_name: SplitName,
@@ -96,15 +117,7 @@ def open_images(
     cached = _read(folder)
     if cached is not None:
         return cached
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_suffix(".lock")).acquire()
-    except OSError as error:
-        raise InputError(
-            f"{cache_dir} cannot hold the decoded images ({error}); name another folder by "
-            f"--data.cache_dir or $DDPM_LIGHTNING_CACHE"
-        ) from error
-    with lock:
+    with locked(folder, "the decoded images"):
         cached = _read(folder)
         if cached is None:  # else another process has built it while this one waited
             cached = _build(folder, source, split_name, size, channels, on_error)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
+from ddpm_lightning.data.cache import locked
 from ddpm_lightning.data.image_folder import SUFFIXES
 from ddpm_lightning.data.items import fingerprint
 from ddpm_lightning.data.order import Indices
@@ -82,15 +82,7 @@ def index_tar(file: File, cache_dir: Path) -> TarIndex:
     stamp = patiently(file.stat, START_DELAYS)
     path = cache_dir / f"tar-{fingerprint([INDEX_VERSION, file.name, *stamp])[:32]}.npy"
     index = TarIndex(file, stamp, path)
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock")).acquire()
-    except OSError as error:
-        raise InputError(
-            f"{cache_dir} cannot hold the index of {file.name} ({error}); name another folder by "
-            f"--data.cache_dir or $DDPM_LIGHTNING_CACHE"
-        ) from error
-    with lock:
+    with locked(path, f"the index of {file.name}"):
         try:
             len(index)
         except (OSError, ValueError, EOFError):  # not there, or damaged
