@@ -100,12 +100,15 @@ def test_copies_have_the_ratio_0(pictures: Path, tmp_path: Path) -> None:
     assert logger.scalars["neighbours/distance_val"][1] > 0
 
 
-@pytest.mark.parametrize(("num_train", "named"), [(3, ["neighbours/distance_samples"]), (0, [])])
+@pytest.mark.parametrize(
+    ("num_train", "streaming", "named"),
+    [(3, False, ["neighbours/distance_samples"]), (0, False, []), (3, True, [])],
+)
 def test_what_there_is_not_is_left_out(
-    num_train: int, named: list[str], pictures: Path, tmp_path: Path
+    num_train: int, streaming: bool, named: list[str], pictures: Path, tmp_path: Path
 ) -> None:
     logger = MemoryLogger()
     samples = Samples(every_n_steps=1, num_images=2, num_steps=2, num_train=num_train)
     trainer = make_trainer(tmp_path, samples, max_steps=1, logger=logger)
-    trainer.fit(tiny_module(), make_data(pictures / "train", val_fraction=0.0))
+    trainer.fit(tiny_module(), make_data(pictures / "train", val_fraction=0.0, streaming=streaming))
     assert [name for name in logger.scalars if name.startswith("neighbours/")] == named

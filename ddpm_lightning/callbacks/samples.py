@@ -22,7 +22,7 @@ from ddpm_lightning.callbacks.shared import (
     sampler_options,
 )
 from ddpm_lightning.callbacks.signals import Interrupted, check_signals, is_stopping
-from ddpm_lightning.data.datamodule import Batch
+from ddpm_lightning.data.batches import Batch, ImageSet
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import (
     channel_statistics,
@@ -53,7 +53,8 @@ class Samples(Callback):
         sampler: Its name.
         num_steps: Timesteps to visit; None is the sampler's default.
         spacing: Which timesteps those are, as `sample` has it; None is the sampler's default.
-        num_train: Training images that samples are compared with; 0 compares none.
+        num_train: Training images that samples are compared with; 0 compares none, and so does a
+            stream, from which they would be read again for each grid.
         guidance: How strongly images are drawn towards their classes, in a grid with a row for each
             class; None, which is 1, for a network without classes.
     """
@@ -161,7 +162,9 @@ class Samples(Callback):
         }
         pictures["samples/denoising"] = strip
         scalars = _channel_scalars(trainer, best)
-        if self._neighbours is not None and trainer.datamodule is not None:  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        is_at_hand = data is not None and isinstance(data.train_images, ImageSet)
+        if self._neighbours is not None and is_at_hand:
             compared = self._neighbours.compare(trainer, best)
             pictures["neighbours"] = compared.picture
             scalars |= compared.scalars
