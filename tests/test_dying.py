@@ -133,7 +133,7 @@ def train_undisturbed(folder: Path, pictures: Path) -> Path:
 
 def assert_went_on(run: Path, plain: Path, mark: Path, output: str) -> None:
     assert mark.exists()
-    assert output.count(f"run: {run}\n") == 3  # at both starts, and at the end
+    assert output.count(f"run: {run}\n") == 3, output  # at both starts, and at the end
     assert_same_training(*(path / "checkpoints" / "last.ckpt" for path in (run, plain)))
     for tag in ("train/loss", "train/lr"):
         assert scalars(run, tag) == scalars(plain, tag)

@@ -87,12 +87,11 @@ class Curves(Callback):
         interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
         at_interval = interval and self._step % interval == 0  # 0 logs at the end only
         due = stepped and (at_interval or self._step == trainer.max_steps)
-        if due:
-            *quarters, loss = self._losses.over_ranks(trainer)
-            assert pl_module.grad_norm is not None
-            grad_norm = float(pl_module.grad_norm)  # the device has been waited for
         if not due:
             return
+        *quarters, loss = self._losses.over_ranks(trainer)
+        assert pl_module.grad_norm is not None
+        grad_norm = float(pl_module.grad_norm)  # the device has been waited for
         now = time.perf_counter()
         seconds = now - self._window_start - self._seconds_aside
         self.latest = {
