@@ -233,7 +233,7 @@ class CLI(LightningCLI):
         if fid is not None and fid.every_n_steps:
             fid.check(self.model, find_callback(self.trainer, EMA))
         with refusals_of("--model.optimizer"):
-            self.model.configure_optimizers()
+            self.model.make_optimizer()
         step = self.checkpoint["global_step"] if self.checkpoint else 0
         is_new = self.run is not None and self.run.newest_checkpoint() is None
         if is_new and 0 <= self.trainer.max_steps <= step:

@@ -63,6 +63,8 @@ class DDPM(Denoiser, LightningModule):
             has an unconditional model (Ho & Salimans 2021); no effect without classes.
         optimizer: Makes the optimizer from the parameters.
         lr_warmup_steps: The learning rate grows linearly from 0 over so many steps.
+        lr_decay_steps: It falls linearly towards 0 over the last so many of `trainer.max_steps`,
+            or over all of them where they are fewer.
         image_shape: (C, H, W) of the images; taken from the data module when None.
         on_nonfinite: Whether a step whose loss or gradient is not finite stops training, at the
             next logging step or checkpoint, or is left out.
@@ -85,12 +87,17 @@ class DDPM(Denoiser, LightningModule):
         label_dropout: float = 0.1,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=2e-3),
         lr_warmup_steps: int = 100,
+        lr_decay_steps: int = 0,
         image_shape: tuple[int, int, int] | None = None,
         on_nonfinite: OnNonfinite = "stop",
         seed: int = 0,
     ) -> None:
-        if lr_warmup_steps < 0:
-            raise InputError(f"lr_warmup_steps must be at least 0, got {lr_warmup_steps}")
+        for name, steps in (
+            ("lr_warmup_steps", lr_warmup_steps),
+            ("lr_decay_steps", lr_decay_steps),
+        ):
+            if steps < 0:
+                raise InputError(f"{name} must be at least 0, got {steps}")
         if not 0 <= label_dropout < 1:
             raise InputError(f"label_dropout must lie in [0, 1), got {label_dropout:g}")
         betas = make_betas(schedule, num_timesteps, beta_start, beta_end)
@@ -113,6 +120,7 @@ class DDPM(Denoiser, LightningModule):
         self._skips = on_nonfinite == "skip"
         self._optimizer = optimizer
         self._lr_warmup_steps = lr_warmup_steps
+        self._lr_decay_steps = lr_decay_steps
         self._seed = seed
         self._description = {
             "net": checkpoints.describe(net),
@@ -309,7 +317,7 @@ class DDPM(Denoiser, LightningModule):
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)
         optimizer = scheduler.optimizer
-        asked = self._optimizer(self.net.parameters())
+        asked = self.make_optimizer()
         for group, options in zip(optimizer.param_groups, asked.param_groups, strict=True):
             group |= {key: value for key, value in options.items() if key != "params"}
             group["initial_lr"] = options["lr"]
@@ -317,13 +325,26 @@ class DDPM(Denoiser, LightningModule):
         for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
             group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
 
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Make the optimizer that was asked for."""
+        return self._optimizer(self.net.parameters())
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Warm the learning rate up linearly; the first update has rate 0, as the authors' has."""
-        optimizer = self._optimizer(self.net.parameters())
-        num_steps = self._lr_warmup_steps
+        """Warm the learning rate up linearly; the first update has rate 0, as the authors' has.
+
+        Before its decay it does not depend on `max_steps`: a run that goes on from there with more
+        of them is the longer run.
+        """
+        optimizer = self.make_optimizer()
+        max_steps = self.trainer.max_steps
+        if self._lr_decay_steps and max_steps < 0:
+            raise InputError("lr_decay_steps needs --trainer.max_steps, where it ends")
+        num_warmup, num_decay = self._lr_warmup_steps, min(self._lr_decay_steps, max_steps)
 
         def factor(step: int) -> float:
-            return min(step / num_steps, 1.0) if num_steps else 1.0
+            warmed = min(step / num_warmup, 1.0) if num_warmup else 1.0
+            # a scheduler looks one step beyond the last
+            return min(warmed, max(max_steps - step, 0) / num_decay) if num_decay else warmed
 
         scheduler = LambdaLR(optimizer, factor)
         return {

@@ -108,7 +108,7 @@ def take_one_step(config: Any, size: int) -> None:
     # without a warm-up, whose first step has rate 0
     model = DDPM(build(config.model.net.as_dict()), **options, lr_warmup_steps=0)
     model.check_images((config.model.net.init_args.in_channels, size, size))
-    optimizer = model.configure_optimizers()["optimizer"]
+    optimizer = model.make_optimizer()
     before = [parameter.clone() for parameter in model.net.parameters()]
     assert model.image_shape is not None
     images = torch.randint(256, (1, *model.image_shape), dtype=torch.uint8)

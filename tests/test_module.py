@@ -527,9 +527,36 @@ def test_the_learning_rate_warms_up(lr_warmup_steps: int, pictures: Path, tmp_pa
     assert not torch.equal(recorder.weights[1], recorder.weights[0])
 
 
-def test_negative_warm_up_is_refused() -> None:
-    with pytest.raises(InputError, match="lr_warmup_steps"):
+@pytest.mark.parametrize(
+    ("lr_decay_steps", "factors"),
+    [
+        (0, [0, 0.5, 1, 1, 1, 1]),
+        (1, [0, 0.5, 1, 1, 1, 1]),
+        (4, [0, 0.5, 1, 0.75, 0.5, 0.25]),
+        (9, [0, 0.5, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),  # as 6, which all steps are
+    ],
+)
+def test_the_learning_rate_decays(
+    lr_decay_steps: int, factors: list[float], pictures: Path, tmp_path: Path
+) -> None:
+    rates: list[float] = []
+    module = tiny_module(
+        optimizer=lambda params: RecordingSGD(params, 0.5, rates), lr_decay_steps=lr_decay_steps
+    )
+    make_trainer(tmp_path, max_steps=6).fit(module, make_data(pictures))
+    assert rates == pytest.approx([0.5 * factor for factor in factors], abs=1e-12)
+
+
+def test_a_decay_without_an_end_is_refused(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"lr_decay_steps needs --trainer\.max_steps"):
+        make_trainer(tmp_path, max_steps=-1).fit(tiny_module(lr_decay_steps=2), make_data(pictures))
+
+
+def test_negative_steps_of_the_learning_rate_are_refused() -> None:
+    with pytest.raises(InputError, match="lr_warmup_steps must be at least 0, got -1"):
         tiny_module(lr_warmup_steps=-1)
+    with pytest.raises(InputError, match="lr_decay_steps must be at least 0, got -1"):
+        tiny_module(lr_decay_steps=-1)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

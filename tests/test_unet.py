@@ -119,9 +119,43 @@ def test_impossible_sizes_name_the_nearest() -> None:
         net.check_size(3, 8)
 
 
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_patches_are_pixels_of_more_channels(patch_size: int) -> None:
+    area = patch_size**2
+    net = UNet(2, 4, 32, (1, 2), 1, (1,), patch_size=patch_size)
+    plain = UNet(2 * area, 4 * area, 32, (1, 2), 1, (1,))
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    plain.load_state_dict(net.state_dict())
+    x, t = torch.randn(3, 2, 8, 12), torch.tensor([0, 9, 500])
+    small = torch.cat([x[..., i::patch_size, j::patch_size] for i, j in squares(patch_size)], dim=1)
+    order = [channel * area + place for place in range(area) for channel in range(2)]
+    with torch.no_grad():
+        # a pixel's values are ordered by channel first
+        plain.conv_in.weight.copy_(plain.conv_in.weight[:, order])
+        output, pieces = net(x, t), plain(small, t)
+    assert output.shape == (3, 4, 8, 12)
+    for place, (i, j) in enumerate(squares(patch_size)):
+        piece = output[..., i::patch_size, j::patch_size]
+        torch.testing.assert_close(piece, pieces[:, place::area], rtol=0, atol=1e-5)
+
+
+def squares(size: int) -> list[tuple[int, int]]:
+    """Give the places in a patch, row by row."""
+    return [(i, j) for i in range(size) for j in range(size)]
+
+
+def test_patches_need_sizes_that_they_divide() -> None:
+    net = UNet(1, 1, 32, (1, 2), 1, (), patch_size=2)
+    net.check_size(28, 28)
+    with pytest.raises(InputError, match="2 levels of patches of 2 pixels .* by 4, got 30x28"):
+        net.check_size(30, 28)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
         ({"base_channels": 48}, "multiple of 32, got 48"),
         ({"channel_mults": ()}, "channel_mults"),
         ({"num_res_blocks": 0}, "num_res_blocks"),
