@@ -19,7 +19,9 @@ from torch import Tensor
 from ddpm_lightning import DDPM
 from ddpm_lightning.checkpoints import Weights, file_sha256
 from ddpm_lightning.commands import judging, watching
+from ddpm_lightning.commands.fid import make_samplers
 from ddpm_lightning.data.datamodule import ImageDataModule
+from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import write_png
 from ddpm_lightning.metrics import selftest
 from ddpm_lightning.metrics.frechet import frechet_distance
@@ -225,6 +227,27 @@ def test_samplers_and_their_options(here: Path) -> None:
     assert {(row["spacing"], row["clip"], row["eta"]) for row in cells} == {
         ("leading", "dynamic", "")
     }
+
+
+def test_a_sampler_may_bring_its_own_steps() -> None:
+    chosen = make_samplers("ddim,heun:5:10,ddpm:250", "20,50", 0.5, None, None)
+    assert chosen == [
+        DDIMSampler(20, 0.5),
+        DDIMSampler(50, 0.5),
+        HeunSampler(5),
+        HeunSampler(10),
+        DDPMSampler(250),
+    ]
+    assert make_samplers("ddpm:7,ddim", None, None, None, None) == [DDPMSampler(7), DDIMSampler()]
+    for names, message in (
+        ("ddim,heun:5:x", "--sampler heun: 5,x: say something like 50"),
+        ("heun:", "--sampler heun: : say something like 50"),
+        ("heun:5:5", "names a number twice"),
+        ("heun:5,heun:10", "--sampler heun,heun: names one of them twice"),
+        ("hein:5", "'hein' is none of .*; did you mean heun"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make_samplers(names, None, None, None, None)
 
 
 def test_what_is_judged_is_not_judged_again(here: Path) -> None:

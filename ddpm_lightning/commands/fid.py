@@ -84,7 +84,8 @@ def fid(
             only images from the disk are judged. Only numbers of as many images can be compared.
         num_repeats: Judge so many times, from disjoint seeds, and give mean and standard deviation.
         weights: ema, raw, or ema,raw.
-        sampler: ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun, or several, as in ddim,ddpm.
+        sampler: ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun, or several, as in ddim,ddpm; with its own
+            num_steps, as in ddim,heun:5:10,ddpm:250.
         num_steps: Timesteps to visit, such as 50 or 20,50,100; by default as `sample` has it.
         eta: Share of fresh noise for ddim, from 0 (deterministic, the default) to 1.
         spacing: Which timesteps those are, as `sample` has it.
@@ -171,8 +172,9 @@ def make_samplers(
     """Combine samplers and numbers of steps.
 
     Args:
-        names: Of samplers, divided by commas.
-        num_steps: Numbers divided by commas; None is each sampler's default.
+        names: Of samplers, divided by commas; after one, with colons, its own numbers of steps.
+        num_steps: Numbers divided by commas, for those without their own; None is each sampler's
+            default.
         eta: For those that have it; the others do without.
         spacing: For all.
         clip: For all.
@@ -180,14 +182,19 @@ def make_samplers(
     Raises:
         InputError: One is unknown or out of range, or none of the samplers has eta.
     """
-    chosen = split_names("--sampler", names, get_args(SamplerName))
-    counts = [None] if num_steps is None else split_numbers("--num_steps", num_steps)
+    words = [word.partition(":") for word in names.split(",")]
+    chosen = split_names("--sampler", ",".join(name for name, _, _ in words), get_args(SamplerName))
+    default = [None] if num_steps is None else split_numbers("--num_steps", num_steps)
+    counts = [
+        split_numbers(f"--sampler {name}:", own.replace(":", ",")) if colon else default
+        for name, colon, own in words
+    ]
     # where none has it, each is given it and refuses
     taking_eta = [name for name in chosen if "eta" in options_of(name)] or chosen
     return [
         make_sampler(name, count, eta if name in taking_eta else None, spacing, clip)
-        for name in chosen
-        for count in counts
+        for name, own in zip(chosen, counts, strict=True)
+        for count in own
     ]
 
 

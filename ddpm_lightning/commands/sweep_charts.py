@@ -13,6 +13,8 @@ from ddpm_lightning.metrics.record import Record
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+EVALUATIONS = "network evaluations per image"
+
 
 def draw(path: Path, records: Sequence[Record], titles: dict[str, str]) -> None:
     """Draw each metric in a chart of its own, as PNG.
@@ -51,7 +53,12 @@ def draw(path: Path, records: Sequence[Record], titles: dict[str, str]) -> None:
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
         axes.tick_params("x", labelrotation=0 if axis else 20)
-        if axis and axis != "guidance":
+        if axis == EVALUATIONS:  # from 5 to 1000
+            ticks = sorted({x for _, x in places if x is not None})
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+            axes.minorticks_off()
+        elif axis and axis != "guidance":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     all_axes[0].legend(fontsize="small")
     figure.suptitle(_title(records[0]), fontsize="medium")
@@ -142,7 +149,7 @@ def _layout(records: Sequence[Record]) -> tuple[str, list[tuple[str, Any]]]:
     axes = {
         "optimizer step": by_step,
         "guidance": by_guidance,
-        "network evaluations per image": by_nfe,
+        EVALUATIONS: by_nfe,
     }
     return next((axis for axis, applies in axes.items() if applies), ""), places
 
