@@ -105,6 +105,22 @@ def test_resuming_is_going_on(
             assert train.logger.scalars["train/loss"][12] == curves["train/loss"][12]
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_that_goes_on_from_before_its_decay_is_the_longer_run(
+    pictures: Path, tmp_path: Path
+) -> None:
+    def train(name: str, steps: int, resume: Path | None = None) -> Path:
+        saving = Checkpoints(every_n_steps=0, keep_every_n_steps=5)
+        trainer = make_trainer(tmp_path / name, EMA(0.9), saving, max_steps=steps)
+        module = tiny_module(lr_decay_steps=3)
+        trainer.fit(module, make_data(pictures), ckpt_path=resume)
+        return tmp_path / name / "checkpoints"
+
+    short, whole = train("short", 8), train("whole", 12)
+    longer = train("longer", 12, resume=short / "step=5.ckpt")  # its decay begins after that
+    assert_same_training(longer / "last.ckpt", whole / "last.ckpt")
+
+
 def test_a_killed_run_goes_on_where_it_was(pictures: Path, tmp_path: Path) -> None:
     """Killed in the write of a checkpoint, then in training."""
     first, second = survive(tmp_path, pictures, num_kills=2, seed=0)
