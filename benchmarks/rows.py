@@ -17,7 +17,10 @@ QUICK = {
     "train-small": ("training:train_small", 2.0),
     "train-large": ("training:train_large", 4.0),
 }
-FULL: dict[str, tuple[str, float]] = {}
+FULL = {
+    "few-step-10": ("quality:few_step_10", 60.0),
+    "few-step-20": ("quality:few_step_20", 60.0),
+}
 """What does not fit into the half hour of QUICK."""
 ROWS = {**QUICK, **FULL}
 
