@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ddpm_lightning.__main__ import main
-from ddpm_lightning.commands.shell import logger
+from tests.training import command_line
 
 # A network and a run as small as they get. {source} is a folder of images.
 TINY = """
@@ -73,15 +73,12 @@ def run_here(cwd: Path, *arguments: object) -> Result:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with (
+        command_line(*arguments),
         pytest.MonkeyPatch.context() as patch,
         chdir(cwd),
         redirect_stdout(out),
         redirect_stderr(err),
     ):
-        patch.setattr(sys, "argv", ["ddpm_lightning", *map(str, arguments)])
-        # as a process would leave them to the tests that follow
-        patch.setattr(logger, "handlers", logger.handlers)
-        patch.setattr(logger, "propagate", logger.propagate)
         patch.setenv("DDPM_LIGHTNING_CACHE", str(_cache(cwd)))
         patch.setenv("HF_HUB_OFFLINE", "1")
         try:

@@ -22,6 +22,7 @@ from ddpm_lightning.callbacks import AtomicCheckpointIO
 from ddpm_lightning.checkpoints import content_sha256
 from ddpm_lightning.cli import TRAINER_DEFAULTS
 from ddpm_lightning.cli import main as cli_main
+from ddpm_lightning.commands.shell import logger
 from ddpm_lightning.data.batches import Batch
 from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.diffusion.timesteps import draw_timesteps
@@ -254,8 +255,11 @@ def scalars(run: Path, tag: str) -> dict[int, float]:
 
 @contextmanager
 def command_line(*arguments: object) -> Iterator[None]:
+    """The command line of this process; what a command does to its logger is undone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["ddpm_lightning", *map(str, arguments)])
+        patch.setattr(logger, "handlers", logger.handlers)
+        patch.setattr(logger, "propagate", logger.propagate)
         yield
 
 
