@@ -96,9 +96,10 @@ class RunLock:
         os.register_at_fork(after_in_child=self._close)
 
     def release(self) -> None:
-        """Let others write, and leave nothing behind."""
+        """Let others write, and leave nothing behind where the disk lets it."""
         if self._is_the_file():
-            self._path.unlink(missing_ok=True)
+            with suppress(OSError):  # what ended the run is to be told, and not this
+                self._path.unlink(missing_ok=True)
         self._close()
 
     def _is_the_file(self) -> bool:

@@ -1,7 +1,9 @@
 """What goes wrong while training costs what was not saved, and is told in one line."""
 
+import errno
 import json
 import os
+import pickle
 import re
 import resource
 import shlex
@@ -18,16 +20,18 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
-from ddpm_lightning import DDPM
+from ddpm_lightning import DDPM, UNet
 from ddpm_lightning.callbacks import EMA, Checkpoints, Nonfinite, Signals
 from ddpm_lightning.checkpoints import load_checkpoint
 from ddpm_lightning.data.batches import Batch
 from ddpm_lightning.errors import InputError, Stopped
 from ddpm_lightning.nonfinite import keep_if_bad, select
-from ddpm_lightning.runs import RunLock
+from ddpm_lightning.runs import LOCK_NAME, RunLock
 from tests.command_line import TINY, run_here, tree
 from tests.fit_process import kill_when_there, start_fit
+from tests.test_metrics_features import Malicious
 from tests.training import (
     MemoryLogger,
     Recorder,
@@ -322,9 +326,26 @@ def test_out_of_memory_names_the_batch_and_what_helps(
         "--data.batch_size",
         "--trainer.accumulate_grad_batches 2",
         "--trainer.devices",
+        "--model.net.checkpointing true",
         "--trainer.precision bf16-mixed",
     ):
         assert word in told
+    one_at_a_time = ("--data.batch_size", 1, "--run_dir", "one")
+    told = the_line(run_here(here, "fit", "--config", "tiny.yaml", *one_at_a_time).err)
+    assert "--data.batch_size 1 (1 images" in told
+    assert "accumulate" not in told
+
+
+def test_out_of_memory_while_sampling(
+    small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(UNet, "forward", forward)
+    result = run_here(tmp_path, "sample", small_run, "--num_images", 2, "--accelerator", "cpu")
+    assert result.status == 2
+    assert "out of memory: a smaller --batch_size" in the_line(result.err)
 
 
 # --- one run in a folder -------------------------------------------------------------------------
@@ -422,6 +443,71 @@ def test_a_vanished_folder_is_told_and_not_made_anew(pictures: Path, tmp_path: P
         trainer.fit(tiny_module(), make_data(pictures))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_vanished_folder_is_told_by_whatever_writes_next(pictures: Path, tmp_path: Path) -> None:
+    """Here TensorBoard's writer, whose errors Lightning makes into others."""
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "tiny.yaml").write_text(TINY.format(source=pictures))
+    rarely = ("--checkpoints.every_n_steps", 0, "--checkpoints.keep_every_n_steps", 0)
+    vanish = ("--trainer.callbacks+", f"{__name__}.{Vanish.__name__}")
+    result = run_here(here, "fit", "--config", "tiny.yaml", *rarely, *vanish)
+    assert result.status == 2
+    assert "runs/tiny/1: the run's folder has vanished at step 5" in the_line(result.err)
+    assert not (here / "runs/tiny/1").exists()
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS])
+def test_curves_that_cannot_be_written_name_the_last_good_checkpoint(
+    reason: int, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor can the lock be removed where nothing can."""
+    add_scalar, unlink = SummaryWriter.add_scalar, Path.unlink
+
+    def refuse(writer: SummaryWriter, tag: str, value: float, step: int, *rest: object) -> None:
+        if step >= 10:
+            raise OSError(reason, os.strerror(reason))
+        add_scalar(writer, tag, value, step, *rest)
+
+    def keep_the_lock(path: Path, missing_ok: bool = False) -> None:
+        if path.name == LOCK_NAME and reason == errno.EROFS:
+            raise OSError(reason, os.strerror(reason), str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", refuse)
+    monkeypatch.setattr(Path, "unlink", keep_the_lock)
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "tiny.yaml").write_text(TINY.format(source=pictures))
+    only_last = ("--checkpoints.keep_every_n_steps", 0, "--samples.every_n_steps", 0)
+    result = run_here(here, "fit", "--config", "tiny.yaml", *only_last)
+    assert result.status == 2
+    last = "runs/tiny/1/checkpoints/last.ckpt"
+    assert f"{os.strerror(reason)}; the last good checkpoint is {last}" in the_line(result.err)
+    assert load_checkpoint(here / last)["global_step"] == 5
+
+
+@pytest.mark.parametrize("by_torch", [True, False])
+def test_checkpoints_are_not_executed(by_torch: bool, small_run: Path, tmp_path: Path) -> None:
+    path, victim = tmp_path / "planted.ckpt", tmp_path / "victim"
+    planted = {**load(small_run), "planted": Malicious(victim)}
+    if by_torch:
+        torch.save(planted, path)
+    else:
+        path.write_bytes(pickle.dumps(planted))
+    commands = (
+        ("sample", path),
+        ("fid", path),
+        ("fit", "--data.source", tmp_path, "--ckpt_path", path),
+    )
+    for command in commands:
+        result = run_here(tmp_path, *command)
+        assert result.status == 2
+        assert "not a whole checkpoint file" in the_line(result.err)
+    assert not victim.exists()
+    pickle.loads(pickle.dumps(planted))  # it would have
+    assert victim.exists()
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(pictures: Path, tmp_path: Path) -> None:

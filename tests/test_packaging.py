@@ -1,11 +1,23 @@
 """What the package asks for, and what the container installs."""
 
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_the_container_runs_as_a_plain_user_and_is_not_open_to_others() -> None:
+    user = re.findall(r"^USER (\w+)$", (ROOT / "docker/Dockerfile").read_text(), re.MULTILINE)
+    assert user
+    assert "root" not in user
+    ports = re.findall(
+        r'^ +- "([\d.:]+)"', (ROOT / "docker/compose.yaml").read_text(), re.MULTILINE
+    )
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
 
 
 def requirements(text: str) -> dict[str, Requirement]:

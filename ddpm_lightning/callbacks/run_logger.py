@@ -1,5 +1,6 @@
 """TensorBoard's files of a run: curves, charts and options."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -21,6 +22,16 @@ CHARTS = {
 
 class RunLogger(TensorBoardLogger):
     """TensorBoard's events in the run's folder, and nothing else there."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log; what the disk refuses stays an OSError, of which Lightning makes a ValueError."""
+        try:
+            super().log_metrics(metrics, step)
+        except ValueError as error:
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise
 
     def save(self) -> None:
         """Flush; Lightning's would write an hparams.yaml, but config.yaml holds all options."""

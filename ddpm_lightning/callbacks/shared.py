@@ -36,6 +36,14 @@ def make_run_folder(trainer: Trainer) -> None:
         Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
 
 
+def vanished(root: Path, step: int) -> str:
+    """Say that a run's folder is gone, and what helps."""
+    return (
+        f"{root}: the run's folder has vanished at step {step}; is the disk still there? Restore "
+        "it and go on with --ckpt_path last, or start anew"
+    )
+
+
 def run_folder(trainer: Trainer, name: str = "") -> Path:
     """Give the folder of a trainer's files, or one in it, which rank 0 makes.
 
@@ -45,10 +53,7 @@ def run_folder(trainer: Trainer, name: str = "") -> Path:
     root = Path(trainer.default_root_dir)
     if trainer.is_global_zero:
         if not root.is_dir():
-            raise InputError(
-                f"{root}: the run's folder has vanished at step {trainer.global_step}; is the disk "
-                "still there? Restore it and go on with --ckpt_path last, or start anew"
-            )
+            raise InputError(vanished(root, trainer.global_step))
         (root / name).mkdir(exist_ok=True)
     return root / name
 

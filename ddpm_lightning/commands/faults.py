@@ -9,20 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors import checkpoint_connector
 from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
+from ddpm_lightning.callbacks.shared import vanished
 from ddpm_lightning.callbacks.signals import is_stopping, leave_quietly, stop
-from ddpm_lightning.commands.shell import DISK_ERRORS
+from ddpm_lightning.commands.shell import DISK_ERRORS, is_out_of_memory
 from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.data.stream_batches import StreamLost
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.runs import Run
-
-# What allocators say that raise no error of their own kind.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
 
 
 class Job(Protocol):
@@ -60,9 +57,10 @@ def told_in_one_line(job: Job) -> Iterator[None]:
 def _told(job: Job, error: Exception) -> str | None:
     if is_out_of_memory(error):
         return _told_of_memory(job, error)
-    if isinstance(error, OSError):
-        is_disk = error.errno in DISK_ERRORS
-        return _told_of_disk(job.run, error) if job.run is not None and is_disk else None
+    if isinstance(error, OSError) and job.run is not None:
+        if not job.run.root.is_dir():
+            return vanished(job.run.root, job.trainer.global_step)
+        return _told_of_disk(job.run, error) if error.errno in DISK_ERRORS else None
     if _is_of_restoring(error):
         return f"{job.ckpt_path}: cannot go on from it: {type(error).__name__}: {error}"
     return None
@@ -79,13 +77,6 @@ def _is_of_restoring(error: Exception) -> bool:
         and frame.f_code.co_name.lstrip("_").startswith(("restore", "resume"))
         for frame in frames
     )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that there is no memory left, of a device or of the host."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
 def go_on_command(root: Path) -> str:
@@ -105,12 +96,15 @@ def _told_of_memory(job: Job, error: BaseException) -> str:
     trainer, data = job.trainer, job.datamodule
     accumulate = trainer.accumulate_grad_batches
     each = data.batch_size // (trainer.world_size * accumulate)
+    # what shares out the images of a device next
+    factor = next((number for number in range(2, each + 1) if each % number == 0), 1)
+    parts = f"--trainer.accumulate_grad_batches {factor * accumulate} or " if factor > 1 else ""
     return (
         f"out of memory at step {trainer.global_step} with --data.batch_size {data.batch_size} "
         f"({each} images at a time on each of {trainer.world_size} x "
-        f"{trainer.strategy.root_device.type}): give --trainer.accumulate_grad_batches "
-        f"{2 * accumulate} or more --trainer.devices (the same result), a smaller "
-        f"--data.batch_size, or --trainer.precision bf16-mixed ({str(error)[:200]})"
+        f"{trainer.strategy.root_device.type}): give {parts}more --trainer.devices (the same "
+        "result), --model.net.checkpointing true (the same, slower), a smaller --data.batch_size, "
+        f"or --trainer.precision bf16-mixed ({str(error)[:200]})"
     )
 
 

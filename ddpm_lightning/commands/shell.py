@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ddpm_lightning.errors import InputError, Stopped
@@ -23,6 +24,17 @@ DISK_ERRORS = {
     *(errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO),
     *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 }
+
+
+# What allocators say that raise no error of their own kind.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that there is no memory left, of a device or of the host."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
 def announce(text: str) -> None:
@@ -63,8 +75,13 @@ def run_command(command: Callable[[], object]) -> int:
         if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning makes it a plain failure
             return 128 + received
         raise
-    except MemoryError as error:
-        return _fail(f"not enough memory for what was asked for {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _fail(
+            "out of memory: a smaller --batch_size, where the command has one, or fewer images "
+            f"take less ({str(error)[:200]})"
+        )
     except OSError as error:
         if error.errno in DISK_ERRORS:
             return _fail(str(error))
