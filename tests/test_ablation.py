@@ -18,7 +18,7 @@ def results(found: dict[str, float]) -> dict[str, dict[str, Any] | None]:
     return {
         name: None
         if fd == float("inf")
-        else {ablation.FD: fd, ablation.KID: fd / 1000, ablation.BITS: 3.5}
+        else {ablation.FD: fd, ablation.KD: fd / 1000, ablation.BITS: 3.5}
         for name, fd in found.items()
     }
 
