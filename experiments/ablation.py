@@ -129,7 +129,7 @@ def compare_order(found: dict[str, float]) -> Iterator[tuple[str, str, bool]]:
 def make_table(results: dict[str, dict[str, Any] | None], options: argparse.Namespace) -> str:
     """Lay out the results, None for a row that diverged, in Markdown."""
     lines = [
-        "| | predicts | objective | fd_efficientnet-lite0 | kd_efficientnet-lite0 | bits/dim | paper's FID |",
+        f"| | predicts | objective | {FD} | {KD} | bits/dim | paper's FID |",
         "|---|---|---|---|---|---|---|",
     ]
     found = {}
