@@ -339,7 +339,8 @@ class DDPM(Denoiser, LightningModule):
         max_steps = self.trainer.max_steps
         if self._lr_decay_steps and max_steps < 0:
             raise InputError("lr_decay_steps needs --trainer.max_steps, where it ends")
-        num_warmup, num_decay = self._lr_warmup_steps, min(self._lr_decay_steps, max_steps)
+        num_warmup = self._lr_warmup_steps
+        num_decay = min(self._lr_decay_steps, max_steps) if self._lr_decay_steps else 0
 
         def factor(step: int) -> float:
             warmed = min(step / num_warmup, 1.0) if num_warmup else 1.0

@@ -547,6 +547,15 @@ def test_the_learning_rate_decays(
     assert rates == pytest.approx([0.5 * factor for factor in factors], abs=1e-12)
 
 
+def test_without_an_end_the_learning_rate_stays(pictures: Path, tmp_path: Path) -> None:
+    rates: list[float] = []
+    module = tiny_module(optimizer=lambda params: RecordingSGD(params, 0.5, rates))
+    make_trainer(tmp_path, max_steps=-1, limit_train_batches=4, max_epochs=1).fit(
+        module, make_data(pictures)
+    )
+    assert rates == [0, 0.25, 0.5, 0.5]
+
+
 def test_a_decay_without_an_end_is_refused(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"lr_decay_steps needs --trainer\.max_steps"):
         make_trainer(tmp_path, max_steps=-1).fit(tiny_module(lr_decay_steps=2), make_data(pictures))
