@@ -23,7 +23,6 @@ CHARTS = {
 class RunLogger(TensorBoardLogger):
     """TensorBoard's events in the run's folder, and nothing else there."""
 
-    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log; what the disk refuses stays an OSError, of which Lightning makes a ValueError."""
         try:

@@ -29,7 +29,7 @@ def draw(path: Path, records: Sequence[Record], titles: dict[str, str]) -> None:
         records: The rows, one at least.
         titles: What each metric is called, by its name in the records.
     """
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     drawn = {name: title for name, title in titles.items() if not name.endswith("_std")}
     figure = make_figure(7, 0.8 + 3.4 * len(drawn))
@@ -54,9 +54,9 @@ def draw(path: Path, records: Sequence[Record], titles: dict[str, str]) -> None:
         axes.grid(alpha=0.3)
         axes.tick_params("x", labelrotation=0 if axis else 20)
         if axis == EVALUATIONS:  # from 5 to 1000
-            ticks = sorted({x for _, x in places if x is not None})
             axes.set_xscale("log")
-            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
             axes.minorticks_off()
         elif axis and axis != "guidance":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
