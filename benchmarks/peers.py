@@ -11,7 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
+from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from numpy.typing import NDArray
 from PIL import Image
@@ -20,14 +21,19 @@ from torch.utils.data import DataLoader
 from torchvision import transforms  # type: ignore[import-untyped]
 
 CPU = torch.device("cpu")
+WARMUP_STEPS = 500
+"""Of the learning rate in diffusers' example."""
 
 
-def diffusers_batches(pixels: NDArray[np.uint8], batch_size: int) -> Iterator[Tensor]:
+def diffusers_batches(
+    pixels: NDArray[np.uint8], batch_size: int, flip: bool = True
+) -> Iterator[Tensor]:
     """Give float batches in [-1, 1] for ever, as its example's data pipeline does.
 
     Args:
         pixels: uint8 [N, H, W, C], C 1 or 3.
         batch_size: Images in a batch.
+        flip: Whether half of the images are mirrored.
     """
     size = pixels.shape[1]
     mode = "RGB" if pixels.shape[3] == 3 else "L"
@@ -36,7 +42,7 @@ def diffusers_batches(pixels: NDArray[np.uint8], batch_size: int) -> Iterator[Te
         [
             transforms.Resize(size, interpolation=transforms.InterpolationMode.BILINEAR),
             transforms.CenterCrop(size),
-            transforms.RandomHorizontalFlip(),
+            transforms.RandomHorizontalFlip() if flip else transforms.Lambda(lambda x: x),
             transforms.ToTensor(),
             transforms.Normalize([0.5], [0.5]),
         ]
@@ -57,30 +63,39 @@ class DiffusersStep:
     """One training step of its example: data, noise, loss, clipping, AdamW, EMA.
 
     Args:
-        net: Its network.
+        net: Its network, or one with the same interface.
         pixels: See `diffusers_batches`.
         batch_size: Images in a step.
         device: Where the step is taken.
         dtype: The network's precision; below float32 by autocast, as `accelerate` does it.
+        lr: The learning rate, after the warm-up.
+        num_steps: Of the whole training, over which the rate falls as a cosine.
+        flip: Whether half of the images are mirrored.
     """
 
     def __init__(
         self,
-        net: UNet2DModel,
+        net: Any,
         pixels: NDArray[np.uint8],
         batch_size: int,
         device: torch.device = CPU,
         dtype: torch.dtype = torch.float32,
+        lr: float = 1e-4,
+        num_steps: int = 100_000,
+        flip: bool = True,
     ) -> None:
         self._device = device
         self._autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         self._net = net.train().to(device)
-        self._batches = diffusers_batches(pixels, batch_size)
+        self._batches = diffusers_batches(pixels, batch_size, flip)
         self._scheduler = DDPMScheduler(num_train_timesteps=1000)
         self._optimizer = torch.optim.AdamW(
-            net.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
+            net.parameters(), lr=lr, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
         )
-        self._ema = EMAModel(net.parameters(), decay=0.9999, use_ema_warmup=True)
+        self._rates = get_cosine_schedule_with_warmup(self._optimizer, WARMUP_STEPS, num_steps)
+        self._ema = EMAModel(
+            net.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75
+        )
 
     def __call__(self) -> None:
         """Take it."""
@@ -94,5 +109,11 @@ class DiffusersStep:
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._net.parameters(), 1.0)
         self._optimizer.step()
+        self._rates.step()
         self._optimizer.zero_grad()
         self._ema.step(self._net.parameters())
+
+    def averaged(self) -> Any:
+        """Put the averaged weights into the network, for good, and give it for sampling."""
+        self._ema.copy_to(self._net.parameters())
+        return self._net.eval()

@@ -20,6 +20,8 @@ QUICK = {
 FULL = {
     "few-step-10": ("quality:few_step_10", 60.0),
     "few-step-20": ("quality:few_step_20", 60.0),
+    "time-to-quality": ("time_to_quality:time_to_quality", 90.0),
+    "time-to-quality-harder": ("time_to_quality:time_to_quality_harder", 90.0),
 }
 """What does not fit into the half hour of QUICK."""
 ROWS = {**QUICK, **FULL}
