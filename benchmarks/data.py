@@ -21,7 +21,6 @@ from benchmarks.harness import Row, alternate, make_row, rates
 from benchmarks.peers import diffusers_batches
 from benchmarks.training import write_images
 from ddpm_lightning.data.datamodule import ImageDataModule
-from ddpm_lightning.images import decode
 
 SIZE, BATCH_SIZE = 32, 128
 NUM_MAPPED, NUM_STREAMED = 2_000, 40_000
@@ -92,9 +91,9 @@ def our_stream(folder: Path) -> Iterator[Tensor]:
         yield batch.images
 
 
-def _decode_all(examples: list[dict[str, bytes]]) -> Tensor:
-    decoded = [decode(example["image"], (SIZE, SIZE), 3) for example in examples]
-    return torch.from_numpy(np.stack(decoded))
+def _stack_all(examples: list[dict[str, Image.Image]]) -> Tensor:
+    pixels = np.stack([np.asarray(example["image"]) for example in examples])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def _view_all(examples: list[dict[str, bytes]]) -> Tensor:
@@ -104,14 +103,16 @@ def _view_all(examples: list[dict[str, bytes]]) -> Tensor:
 
 
 def their_stream(folder: Path, is_png: bool) -> Iterator[Tensor]:
-    """Give the same for ever from `datasets`, with its shuffle buffer and our decoder."""
+    """Give the same for ever from `datasets`, with its shuffle buffer; it has Pillow decode."""
     files = sorted(str(path) for path in folder.glob("train-*.parquet"))
     stream = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    if is_png:
+        stream = stream.cast_column("image", datasets.Image())
     loader: DataLoader[Any] = DataLoader(
         stream.shuffle(seed=0, buffer_size=SHUFFLE_BUFFER).repeat(None),
         BATCH_SIZE,
         num_workers=NUM_WORKERS,
-        collate_fn=_decode_all if is_png else _view_all,
+        collate_fn=_stack_all if is_png else _view_all,
     )
     yield from loader
 

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ddpm_lightning.plain_png import open_plain_png
+
 Pixels = NDArray[np.uint8]
 
 HALF_LEVEL = 1 / 255
@@ -186,6 +188,9 @@ def decode(data: bytes, size: tuple[int, int] | None, channels: int | None) -> P
     Raises:
         OSError, ValueError: Not an image, truncated, or in a mode with no sensible 8-bit form.
     """
+    plain = open_plain_png(data)
+    if plain is not None:
+        return _convert_upright(plain, size, channels)
     with Image.open(io.BytesIO(data)) as image:
         image.load()
         return convert(image, size, channels)
@@ -212,6 +217,13 @@ def convert(image: Image.Image, size: tuple[int, int] | None, channels: int | No
         ValueError: The mode has no sensible 8-bit form.
     """
     ImageOps.exif_transpose(image, in_place=True)
+    return _convert_upright(image, size, channels)
+
+
+def _convert_upright(
+    image: Image.Image, size: tuple[int, int] | None, channels: int | None
+) -> Pixels:
+    """Do what `convert` does after the rotation."""
     if image.mode == "F":
         raise ValueError("32-bit float pixels have no fixed range; save it with 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -233,5 +245,6 @@ def convert(image: Image.Image, size: tuple[int, int] | None, channels: int | No
         image = image.convert(mode)  # which would copy one that has that mode
     if size is not None and image.size != (size[1], size[0]):
         image = ImageOps.fit(image, (size[1], size[0]), method=Image.Resampling.BICUBIC)
-    array = np.asarray(image, dtype=np.uint8)
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+    # what np.asarray(image) gives, in less time
+    flat: Pixels = np.frombuffer(image.tobytes(), np.uint8)
+    return flat.reshape(image.height, image.width, -1).transpose(2, 0, 1)

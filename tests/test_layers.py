@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A part imports only from parts in lines above its own.
 ORDER = [
-    ("errors",),
+    ("errors", "plain_png"),
     ("randomness", "images", "runs", "peers"),
     ("labelled_grid",),
     ("networks", "diffusion", "data", "checkpoints"),
