@@ -1,16 +1,13 @@
 """Charts of sweeps: which lines there are, what they are called, and what lies across them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from ddpm_lightning.commands import sweep_charts
 from ddpm_lightning.commands.sweep_charts import EVALUATIONS, draw
 from ddpm_lightning.metrics.record import Record
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 TITLES = {"fd_Small": "fd_Small_30"}
 
@@ -43,7 +40,8 @@ SWEEP = [row("ddim", steps, steps, 300 / steps) for steps in (50, 5, 20)]
 SWEEP += [row("dpmpp_2m", steps, steps, 200 / steps) for steps in (5, 20)]
 
 
-def drawn(records: list[Record], monkeypatch: pytest.MonkeyPatch) -> "tuple[Any, Axes]":
+def drawn(records: list[Record], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """Draw a sweep of one metric, and give the figure and its axes."""
     figures: list[Any] = []
     monkeypatch.setattr(sweep_charts, "write_figure", lambda path, figure: figures.append(figure))
     draw(Path("unused.png"), records, TITLES)

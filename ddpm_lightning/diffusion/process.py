@@ -125,8 +125,10 @@ class Process(nn.Module):
 
         On the CPU alone: asking a GPU would wait for it, at every step.
         """
-        if t.is_cpu and bool(((t < 0) | (t >= self.num_timesteps)).any()):
-            raise InputError(f"t must lie in 0..{self.num_timesteps - 1}, got {t.tolist()}")
+        if t.is_cpu and bool((outside := (t < 0) | (t >= self.num_timesteps)).any()):
+            raise InputError(
+                f"t {int(t[outside][0])}: must lie in 0..{self.num_timesteps - 1}, the schedule"
+            )
 
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Noise x_0 to step t in one jump (Ho et al. 2020, Eq. 4).
