@@ -9,6 +9,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -67,7 +68,11 @@ def train(row: Row, num_steps: int) -> Path | None:
         arguments += [f"--model.{key}={value}" for key, value in SCHEDULE.items()]
         arguments += ["--trainer.max_steps", str(num_steps), "--trainer.devices", "1"]
         arguments += ["--run_dir", str(row.run), "--ckpt_path", "auto"]
+        start = time.perf_counter()
         call("fit", *arguments, may_fail=diverged)
+        print(
+            f"\ntrained: {row.name}, {(time.perf_counter() - start) / 60:.1f} minutes", flush=True
+        )
     return None if diverged.exists() else checkpoint
 
 

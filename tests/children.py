@@ -13,13 +13,15 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from ddpm_lightning.data.batches import Batch
+from ddpm_lightning.diffusion.timestep_sampling import LossSecondMoment
 from tests.training import BufferedUNet
 
 
 class Seen(Callback):
     """Writes RUN/seen-RANK.pt: what the network was given in training, micro-batch after another.
 
-    x_t is the image, its flip and its noise at once.
+    x_t is the image, its flip and its noise at once. Beside it RUN/draws-RANK.pt, where t is drawn
+    by the losses: what the rank has remembered of them.
     """
 
     def __init__(self) -> None:
@@ -46,6 +48,8 @@ class Seen(Callback):
         path = Path(root) / f"seen-{trainer.global_rank}.pt"
         whole = {key: torch.cat([seen[key] for seen in self._seen]) for key in self._seen[0]}
         torch.save(whole, path)
+        if isinstance(pl_module._timesteps, LossSecondMoment):
+            torch.save(pl_module._timesteps.state_dict(), path.with_name(f"draws-{path.name[5:]}"))
 
 
 def seen(run: Path) -> dict[str, Tensor]:

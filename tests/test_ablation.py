@@ -56,6 +56,20 @@ def test_rows_are_the_overlays() -> None:
     assert files <= {row.name for row in ROWS}
 
 
+def test_the_documents_table_is_what_is_printed() -> None:
+    """Its numbers give its lines and its sentence about their order."""
+    text = (ablation.OVERLAYS.parents[1] / "docs" / "ablation.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    found: dict[str, dict[str, Any] | None] = {}
+    for row, line in zip(ROWS, lines[2:], strict=True):
+        fd, kd, bits = (float(cell) for cell in line.split("|")[4:7])
+        found[row.name] = {ablation.FD: fd, ablation.KD: kd, ablation.BITS: bits}
+    table, told, order = make_table(found, OPTIONS).split("\n\n")
+    assert table.splitlines() == lines
+    for sentence in (told, order):
+        assert sentence in " ".join(text.split())
+
+
 @pytest.mark.slow
 def test_a_row_is_trained_judged_and_not_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

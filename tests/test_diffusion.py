@@ -372,6 +372,16 @@ def test_process_refuses_other_nonsense() -> None:
         process(variance="fixed")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("t", [-1, 1000])
+def test_steps_outside_the_schedule_are_refused(golden: Golden, t: int) -> None:
+    p, x, steps = process(), golden["x_0"], torch.tensor([0, 999, t])
+    for read in (p.q_sample, p.v):
+        with pytest.raises(InputError, match=rf"t {t}: must lie in 0\.\.999, the schedule"):
+            read(x, steps, x)
+    with pytest.raises(InputError, match=rf"t {t}: must lie in 0\.\.999"):
+        p.p_mean_variance(x, x, steps)
+
+
 # --- timesteps ---------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -14,7 +15,13 @@ from torch import Tensor
 
 from ddpm_lightning import DDPM
 from ddpm_lightning.checkpoints import Weights, file_sha256
-from ddpm_lightning.commands import interpolate, neighbours, progressive, shared_latents
+from ddpm_lightning.commands import (
+    interpolate,
+    neighbours,
+    progressive,
+    quality,
+    shared_latents,
+)
 from ddpm_lightning.commands.progressive import choose_steps
 from ddpm_lightning.commands.run_config import RunConfig
 from ddpm_lightning.data.batches import Images
@@ -22,6 +29,9 @@ from ddpm_lightning.data.items import SplitName
 from ddpm_lightning.denoiser import finished_images
 from ddpm_lightning.images import centre_crop, to_float, to_uint8
 from ddpm_lightning.labelled_grid import Group, labelled_grid
+from ddpm_lightning.metrics.features import Features
+from ddpm_lightning.metrics.frechet import frechet_distance
+from ddpm_lightning.metrics.judge import Collector
 from ddpm_lightning.randomness import NoiseStreams, derive_seed
 from ddpm_lightning.runs import Run
 from ddpm_lightning.samplers import (
@@ -172,6 +182,71 @@ def test_the_columns_of_the_paper() -> None:
     assert choose_steps(1000, None) == {99 + 100 * part for part in range(10)}
     assert choose_steps(4, None) == {0, 1, 2, 3}
     assert choose_steps(7, 3) == {1, 3, 6}
+
+
+def test_progressive_judges_what_it_shows(here: Path) -> None:
+    """Fig. 10: the predictions of other seeds than those shown, by hand and in three files."""
+    sampled = ("--sampler", "ddim", "--num_steps", 6, "--num_columns", 3, "--seeds", "7")
+    line = (CKPT, *sampled, *SMALL, "--num_judged", 30, "--batch_size", 16, "--out", "p.png")
+    result = run_here(here, "progressive", *line, "--accelerator", "cpu")
+    assert result.status == 0, result.err
+    *table, last = result.out.splitlines()[2:]
+    assert last == "quality: p-quality.csv, p-quality.png"
+
+    module, sampler, reference = model(here), DDIMSampler(6), Collector(small(), ["fd"])
+    reference.add(held(here)["train"])
+    steps = list(module.denoise(range(30), sampler))
+    expected = {}
+    for index in (1, 3, 5):
+        generated = Collector(small(), ["fd"])
+        generated.add(to_uint8(steps[index].pred_x_0))
+        moments = generated.finish().moments
+        expected[steps[index].t] = frechet_distance(moments, reference.finish().moments)
+    record = json.loads((here / "p.json").read_text())
+    assert record["num_judged"] == record["protocol"]["num_images"] == 30
+    assert record["protocol"]["reference"]["num_images"] == NUM_TRAIN
+    judged = {row["t"]: row["metrics"]["fd_Small"] for row in record["quality"]["steps"]}
+    assert list(judged) == list(expected)  # from the noise on
+    assert judged == pytest.approx(expected, rel=1e-3)  # rounded in other batches
+    head, *rows = (here / "p-quality.csv").read_text().splitlines()
+    assert head == "t,fd_Small_30"
+    assert {int(t): float(fd) for t, fd in (row.split(",") for row in rows)} == judged
+    assert table[0].split() == ["t", "fd_Small_30"]
+    assert table[1].split() == [str(steps[1].t), f"{judged[steps[1].t]:.5g}"]
+    with Image.open(here / "p-quality.png") as chart:
+        assert chart.width > 500
+    assert len(record["quality"]["warnings"]) == 0
+
+    for options, told in (
+        ("--num_judged 31", "p.png: there is one with num_judged 30, not 31"),
+        ("--num_judged 1", "1 images are too few for the metric fd"),
+        ("--reference nowhere/x", "--reference nowhere/x: "),
+        ("--extractor inceptio", "no extractor inceptio"),
+    ):
+        refuse(here, f"progressive {' '.join(map(str, line))} {options}", told)
+    (here / "p.json").unlink()
+    (here / "p.png").unlink()
+    refuse(here, f"progressive {' '.join(map(str, line))}", "p-quality.csv exists, and is no such")
+
+
+def test_progressive_with_the_score_of_an_extractor_with_classes(here: Path) -> None:
+    """The paper's figure has the Inception Score, too; its spread are bars."""
+
+    def classes(images: Tensor) -> Features:
+        found = small()(images).features
+        return Features(found, found[:, :5])
+
+    with pytest.MonkeyPatch.context() as patch:
+        extractor = replace(small(), has_classes=True, extract=classes)
+        patch.setattr(quality, "make_extractor", lambda name, weights: extractor)
+        line = (CKPT, "--num_steps", 2, "--num_images", 1, "--num_judged", 20, "--out", "p.png")
+        result = run_here(here, "progressive", *line, "--accelerator", "cpu")
+    assert result.status == 0, result.err
+    head, *rows = (here / "p-quality.csv").read_text().splitlines()
+    assert head == "t,fd_Small_20,is_Small_20,is_Small_std_20"
+    assert len(rows) == 2
+    with Image.open(here / "p-quality.png") as chart:
+        assert chart.width > 1000
 
 
 # --- shared-latents ------------------------------------------------------------------------------

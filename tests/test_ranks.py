@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from ddpm_lightning.diffusion.timestep_sampling import HISTORY, TimestepSampling
 from tests.children import Seen, seen
 from tests.processes import NETWORK, TORCHRUN, TRAINER, Job, two_nodes
 from tests.training import BufferedUNet, assert_same, fit_here, flat_state, load, scalars
@@ -92,28 +94,49 @@ def cache(pictures: Path) -> Path:
     return pictures.parent / "cache"
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-5), ("64-true", 1e-12)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance", "sampling"),
+    [("32-true", 1e-5, "uniform"), ("64-true", 1e-12, "loss_second_moment")],
+)
 def test_training_does_not_depend_on_ranks_or_accumulation(
     precision: str,
     tolerance: float,
+    sampling: TimestepSampling,
     pictures: Path,
     cache: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DDPM_LIGHTNING_CACHE", str(cache))
+    drawn = ["--model.timestep_sampling", sampling]
+    if sampling == "loss_second_moment":  # few timesteps soon have the losses to be drawn by
+        drawn += ["--model.num_timesteps", "4", "--samples.num_steps", "4"]
     one, halves, ranks = (tmp_path / name for name in ("one", "halves", "ranks"))
-    fit_here(*options(pictures, one, precision))
-    fit_here(*options(pictures, halves, precision, accumulate_grad_batches=2))
+    fit_here(*options(pictures, one, precision), *drawn)
+    fit_here(*options(pictures, halves, precision, accumulate_grad_batches=2), *drawn)
     assert_equal_runs(halves, one, tolerance)
     output = launch(
         tmp_path,
         pictures,
         "fit",
         *options(pictures, ranks, precision, devices=2, strategy="ddp"),
+        *drawn,
     )
     assert_equal_runs(ranks, one, tolerance)
     assert_written_once(ranks, output)
+    if sampling == "loss_second_moment":
+        assert_same_draws(ranks, one, tolerance)
+
+
+def assert_same_draws(ranks: Path, one: Path, tolerance: float) -> None:
+    """Each rank remembers the losses of all, which are those of a single process."""
+    kept = load(ranks / "checkpoints" / "last.ckpt")["timestep_sampling"]
+    for rank in (0, 1):
+        assert_same(torch.load(ranks / f"draws-{rank}.pt", weights_only=True), kept)
+    theirs = load(one / "checkpoints" / "last.ckpt")["timestep_sampling"]
+    assert int(kept["counts"].min()) > HISTORY  # steps have been drawn by them
+    assert torch.equal(kept["counts"], theirs["counts"])
+    torch.testing.assert_close(kept["losses"], theirs["losses"], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("network", [NETWORK])

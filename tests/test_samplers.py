@@ -190,6 +190,42 @@ def test_what_the_network_predicts_does_not_matter(
         torch.testing.assert_close(mine.x_prev, theirs.x_prev, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("prediction", get_args(Prediction))
+@pytest.mark.parametrize("name", get_args(SamplerName))
+def test_a_learned_variance_counts_where_it_is_drawn_with(
+    golden: Golden, name: SamplerName, prediction: Prediction
+) -> None:
+    """Solvers have no use for it; an ancestral step has the one that the network tells."""
+    betas = make_betas("linear", 20)
+
+    def images(variance: Variance, told: float | None, num_steps: int = 20) -> Tensor:
+        """Draw with log beta-tilde as the learned variance, unless told another value."""
+        p = Process(betas, variance, prediction=prediction)
+
+        def net(x: Tensor, t: Tensor) -> Tensor:
+            output = golden.net(x, t)
+            if not p.learns_variance:
+                return output
+            logs = p.posterior_log_variance[t].reshape(-1, 1, 1, 1)
+            second = logs.expand_as(x) if told is None else torch.full_like(x, told)
+            return torch.cat([output, second], dim=1)
+
+        return run(golden, make_sampler(name, num_steps, clip="none"), p, net=net)[-1].x_prev
+
+    is_ancestral = name == "ddpm"
+    for num_steps in (20, 6):
+        fixed = images("fixed_small", None, num_steps)
+        torch.testing.assert_close(images("learned_range", -1.0, num_steps), fixed)
+        another = images("learned_range", 0.5, num_steps)
+        assert torch.equal(another, fixed) != is_ancestral
+    torch.testing.assert_close(images("learned", None), images("fixed_small", None))
+    if is_ancestral:  # the network knows no variance of longer steps
+        with pytest.raises(InputError, match="variance learned: .* take all timesteps"):
+            images("learned", None, 6)
+    else:
+        assert torch.equal(images("learned", None, 6), images("fixed_small", None, 6))
+
+
 def test_clipping_can_be_switched_off(golden: Golden) -> None:
     for clipped, free in [
         (DDPMSampler(20), DDPMSampler(20, clip="none")),

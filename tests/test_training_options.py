@@ -14,6 +14,7 @@ from ddpm_lightning.callbacks import EMA, Checkpoints, Curves, Samples
 from ddpm_lightning.checkpoints import load_checkpoint
 from ddpm_lightning.diffusion.objectives import Objective
 from ddpm_lightning.diffusion.process import LEARNED_VARIANCES, Variance
+from ddpm_lightning.diffusion.schedules import Schedule
 from ddpm_lightning.diffusion.timestep_sampling import (
     HISTORY,
     TIMESTEP_SAMPLERS,
@@ -21,6 +22,7 @@ from ddpm_lightning.diffusion.timestep_sampling import (
     TimestepSampling,
 )
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.samplers import SamplerName
 from tests.command_line import TINY, run_here
 from tests.test_module import UserNet, one_line
 from tests.training import (
@@ -212,6 +214,31 @@ def test_models_train_draw_and_come_back(
     assert model.hyper_parameters() == module.hyper_parameters()
     assert model.sample([0, 1]).shape == (2, 1, 8, 8)
     assert model.sample([0, 1], "ddim", 5).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("schedule", get_args(Schedule))
+def test_every_schedule_trains_and_draws(schedule: Schedule, zero_terminal_snr: bool) -> None:
+    """By every sampler; `sample` refuses images that are not finite."""
+    ends_in_noise = zero_terminal_snr or schedule == "jsd"
+    module = tiny_module(
+        schedule=schedule,
+        zero_terminal_snr=zero_terminal_snr,
+        prediction="v" if ends_in_noise else "noise",
+    )
+    assert (module.process.alphas_cumprod[-1] == 0) == ends_in_noise
+    losses, t = module.losses(batch_of(20), 0, torch.arange(20))
+    assert t.tolist() == [*range(20)]
+    assert losses.isfinite().all()
+    losses.mean().backward()  # type: ignore[no-untyped-call]
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all()
+        for parameter in module.net.parameters()
+    )
+    module.image_shape = (1, 8, 8)
+    for sampler in get_args(SamplerName):
+        for num_steps in (1, 7, 20):
+            assert module.sample([0, 1], sampler, num_steps).shape == (2, 1, 8, 8)
 
 
 @pytest.mark.parametrize("variance", get_args(Variance))

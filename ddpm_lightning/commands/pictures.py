@@ -1,6 +1,6 @@
 """What the commands that draw one labelled picture of a checkpoint share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,16 +76,23 @@ class PictureFile:
         out: The file, as the user names it; RUN/pictures/COMMAND-step=N-WEIGHTS.png when None.
         subject: What it shows.
         settings: What else it depends on, as plain values.
+        beside: Names the other files that are to lie beside it, from its own.
 
     Raises:
         InputError: There is another one already, or it cannot be a picture's name.
     """
 
     def __init__(
-        self, command: str, out: str | None, subject: Subject, settings: dict[str, Any]
+        self,
+        command: str,
+        out: str | None,
+        subject: Subject,
+        settings: dict[str, Any],
+        beside: Callable[[Path], Sequence[Path]] = lambda path: (),
     ) -> None:
         checkpoint = subject.checkpoint
-        self._path = Path(out) if out else _default_path(command, subject)
+        self.path = Path(out) if out else _default_path(command, subject)
+        self._beside = beside(self.path)
         self._settings = {
             "command": command,
             "checkpoint": str(checkpoint.path),
@@ -106,29 +113,32 @@ class PictureFile:
         """
         # the record first: a picture without one would be taken for somebody else's
         write_record(self._record, {**self._settings, **(results or {})})
-        write_png(self._path, picture)
-        announce(f"picture: {self._path}\nrecord: {self._record}")
+        write_png(self.path, picture)
+        announce(f"picture: {self.path}\nrecord: {self._record}")
 
     @property
     def _record(self) -> Path:
-        return self._path.with_suffix(".json")
+        return self.path.with_suffix(".json")
 
     def _claim(self) -> None:
         """See that nothing is overwritten but the same picture."""
-        if self._path.suffix.lower() != ".png":
-            raise InputError(f"--out {self._path}: give a file's name that ends in .png")
-        if self._path.is_dir():
-            raise InputError(f"--out {self._path}: a folder; give a file's name")
+        if self.path.suffix.lower() != ".png":
+            raise InputError(f"--out {self.path}: give a file's name that ends in .png")
+        if self.path.is_dir():
+            raise InputError(f"--out {self.path}: a folder; give a file's name")
         if self._record.exists():
-            check_settings(self._record, self._settings, str(self._path), "there is one")
-        elif self._path.exists():
-            raise InputError(f"--out {self._path}: exists, and is no such picture; choose another")
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+            check_settings(self._record, self._settings, str(self.path), "there is one")
+        else:
+            for path in (self.path, *self._beside):
+                if path.exists():
+                    where = f"--out {self.path}: " + (f"{path} " if path != self.path else "")
+                    raise InputError(f"{where}exists, and is no such picture; choose another")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def sampling_bar(num_steps: int) -> "tqdm[Any]":
+def sampling_bar(num_steps: int, work: str = "sampling") -> "tqdm[Any]":
     """Show a bar that counts steps of batches."""
-    return tqdm(total=num_steps, desc="sampling", unit="step", **bar_options())
+    return tqdm(total=num_steps, desc=work, unit="step", **bar_options())
 
 
 def split_batches(seeds: Sequence[int], batch_size: int) -> list[Sequence[int]]:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 EVALUATIONS = "network evaluations per image"
 
+# Okabe & Ito 2008: told apart by eyes that confuse colours; and a shape each, for those on paper
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
 
 def draw(path: Path, records: Sequence[Record], titles: dict[str, str]) -> None:
     """Draw each metric in a chart of its own, as PNG.
@@ -22,7 +26,8 @@ def draw(path: Path, records: Sequence[Record], titles: dict[str, str]) -> None:
     Over the optimizer step where that varies, with a line for each combination of weights, sampler
     and steps; else over the guidance, where that varies and the steps do not; else over the network
     evaluations, where those vary; else over the subjects. Images from the disk are dashed lines
-    across the curves.
+    across the curves, and so is what has a single point on the axis of evaluations: something to
+    compare the others with, such as the ancestral sampler at 250.
 
     Args:
         path: The file.
@@ -36,6 +41,7 @@ def draw(path: Path, records: Sequence[Record], titles: dict[str, str]) -> None:
     axis, places = _layout(records)
     all_axes = figure.subplots(len(drawn), squeeze=False)[:, 0]
     for axes, (name, title) in zip(all_axes, drawn.items(), strict=True):
+        axes.set_prop_cycle(color=COLOURS, marker=MARKERS)
         dashes = cycle(["--", ":", "-."])
         lines: dict[str, list[tuple[Any, float, float]]] = {}
         for (label, x), record in zip(places, records, strict=True):
@@ -47,8 +53,19 @@ def draw(path: Path, records: Sequence[Record], titles: dict[str, str]) -> None:
         for label, points in lines.items():
             xs, values, spreads = zip(*sorted(points), strict=True)
             bars = spreads if any(spreads) else None
+            stands_alone = axis == EVALUATIONS and len(xs) == 1 and len(lines) > 1
             # subjects side by side have no way from one to the next
-            axes.errorbar(xs, values, bars, label=label, fmt="o-" if axis else "o", capsize=3)
+            line, *_ = axes.errorbar(
+                xs,
+                values,
+                bars,
+                label=f"{label} at {xs[0]}" if stands_alone else label,
+                linestyle="-" if axis else "",
+                capsize=3,
+            )
+            line.set(markersize=5, linewidth=1.4)
+            if stands_alone:
+                axes.axhline(values[0], linestyle="--", linewidth=1, color=line.get_color())
         axes.set_xlabel(axis)
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
@@ -61,7 +78,7 @@ def draw(path: Path, records: Sequence[Record], titles: dict[str, str]) -> None:
         elif axis and axis != "guidance":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     all_axes[0].legend(fontsize="small")
-    figure.suptitle(_title(records[0]), fontsize="medium")
+    figure.suptitle(_title(records), fontsize="medium")
     write_figure(path, figure)
 
 
@@ -137,7 +154,8 @@ def _layout(records: Sequence[Record]) -> tuple[str, list[tuple[str, Any]]]:
     places: list[tuple[str, Any]] = []
     for subject, name in zip(subjects, names, strict=True):
         weights, sampler, num_steps = settings_of(subject, with_guidance=not by_guidance)
-        line = f"{weights}, {sampler}" + ("" if by_nfe else f", {num_steps} steps")
+        line = sampler if common_weights(records) else f"{weights}, {sampler}"
+        line += "" if by_nfe else f", {num_steps} steps"
         if by_step or by_guidance or by_nfe:
             run = f"{Path(name).parent.parent}: " if several_runs else ""
             place = subject.get("step" if by_step else "nfe")
@@ -154,13 +172,22 @@ def _layout(records: Sequence[Record]) -> tuple[str, list[tuple[str, Any]]]:
     return next((axis for axis, applies in axes.items() if applies), ""), places
 
 
-def _title(record: Record) -> str:
+def common_weights(records: Sequence[Record]) -> str:
+    """Say which weights all rows of checkpoints have; nothing, where they differ."""
+    subjects = [record["subject"] for record in records]
+    kinds = {subject["weights"] for subject in subjects if "sampler" in subject}
+    return kinds.pop() if len(kinds) == 1 else ""
+
+
+def _title(records: Sequence[Record]) -> str:
+    record = records[0]
     protocol = record["protocol"]
     reference = protocol["reference"]
     count = record["repeats"]["count"]
+    weights = common_weights(records)
     lines = [
         f"{record['num_images']:,} images against {reference['num_images']:,} of "
-        f"{Path(str(reference['name'])).name}",
+        f"{Path(str(reference['name'])).name}" + (f", {weights} weights" if weights else ""),
         f"{protocol['extractor']}, {protocol['resizer']}",
     ]
     if count > 1:

@@ -120,6 +120,16 @@ class Process(nn.Module):
         """Take table[t] in the dtype of x, shaped to broadcast over x: [N, 1, 1, 1]."""
         return table[t].to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
+    def _check_steps(self, t: Tensor) -> None:
+        """Refuse steps outside the schedule: a negative one would count from its end.
+
+        On the CPU alone: asking a GPU would wait for it, at every step.
+        """
+        if t.is_cpu and bool((outside := (t < 0) | (t >= self.num_timesteps)).any()):
+            raise InputError(
+                f"t {int(t[outside][0])}: must lie in 0..{self.num_timesteps - 1}, the schedule"
+            )
+
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Noise x_0 to step t in one jump (Ho et al. 2020, Eq. 4).
 
@@ -130,7 +140,11 @@ class Process(nn.Module):
 
         Returns:
             x_t, shaped like x_0.
+
+        Raises:
+            InputError: A step is outside the schedule.
         """
+        self._check_steps(t)
         signal = self._gather(self.alphas_cumprod.sqrt(), t, x_0)
         return signal * x_0 + self._gather((1 - self.alphas_cumprod).sqrt(), t, x_0) * noise
 
@@ -252,8 +266,10 @@ class Process(nn.Module):
             Mean, log-variance and predicted x_0.
 
         Raises:
-            InputError: The network's variance is that of shorter steps (`learned`, respaced).
+            InputError: The network's variance is that of shorter steps (`learned`, respaced), or a
+                step is outside the schedule.
         """
+        self._check_steps(t)
         pred_x_0 = clip_x_0(self.pred_x_0(output, x_t, t), clip)
         mean, _ = self.posterior(pred_x_0, x_t, t)
         prediction, told = self.split(output, x_t)
