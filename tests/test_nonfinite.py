@@ -21,11 +21,11 @@ from tests.training import MemoryLogger, load, make_data, make_trainer, scalars,
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 
-class Reads(TorchDispatchMode):
+class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Counts how often Python asks a tensor for its value, which waits for the tensor's device."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_reads = 0
 
     def __torch_dispatch__(
