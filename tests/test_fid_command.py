@@ -37,7 +37,6 @@ from ddpm_lightning.samplers import (
 from tests.command_line import TINY, Result, run_here, run_process, start_process, tree
 from tests.extractors import Small, small
 from tests.test_bad_input import assert_refused
-from tests.test_metrics_features import Malicious
 from tests.training import save, scalars
 
 pytestmark = [
@@ -579,7 +578,6 @@ def wrong(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
     np.savez(folder / "channels.npz", np.zeros((40, 8, 8, 4), np.uint8))
     np.savez(folder / "nothing.npz")
     (folder / "text.npz").write_text("hello")
-    np.savez(folder / "code.npz", np.array([Malicious(folder / "victim")], dtype=object))
     (folder / "cut.npz").write_bytes((folder / "flat.npz").read_bytes()[:300])
 
     result = run_here(folder, *options("run", "--num_images", N, "--num_steps", 4, "--out", "done"))
@@ -634,8 +632,6 @@ GOOD = "good --reference digits"
         ("channels.npz", "channels.npz: holds uint8 [40, 8, 8, 4]; images have 1 or 3 channels"),
         ("nothing.npz", "nothing.npz: not an .npz file of images"),
         ("text.npz", "text.npz: not an .npz file of images"),
-        ("code.npz", "code.npz: not an .npz file of images"),
-        ("good --reference code.npz", "code.npz: not a file of reference statistics"),
         ("cut.npz", "cut.npz: not an .npz file of images"),
         ("statistics.npz", "statistics.npz: statistics, not images; give it as --reference"),
         (f"{GOOD} --num_images 41", "good: holds 40 images, too few for --num_images 41"),
