@@ -9,6 +9,10 @@ class InputError(ValueError):
     """
 
 
+class SharedError(InputError):
+    """What all ranks of a job find at the same moment, and end with: the first tells of it."""
+
+
 class Stopped(Exception):
     """A signal ended training, and what is needed to go on is on disk.
 

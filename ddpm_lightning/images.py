@@ -8,6 +8,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -160,7 +161,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             raise OSError(reason.errno, reason.strerror, str(path)) from error
         raise
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk refuses this too, and there is nothing on it
+            part.unlink(missing_ok=True)
 
 
 def write_png(path: Path, image: Tensor) -> None:

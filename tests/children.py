@@ -1,4 +1,4 @@
-"""What runs in processes that tests start: a watching callback, and a network that dies."""
+"""What runs in processes that tests start: a watching callback, and networks that fail."""
 
 import os
 import signal
@@ -121,3 +121,25 @@ class SlowUNet(BufferedUNet):
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         time.sleep(0.2)
         return super().forward(x, t, labels)
+
+
+class SickUNet(BufferedUNet):
+    """Gives what is no number in pass SICK_PASS of the training of rank SICK_RANK."""
+
+    def __init__(
+        self,
+        base_channels: int = 32,
+        channel_mults: Sequence[int] = (1,),
+        attention_levels: Sequence[int] = (),
+    ) -> None:
+        super().__init__(base_channels, channel_mults, attention_levels)
+        self._num_passes = 0
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        output = super().forward(x, t, labels)
+        self._num_passes += self.training and not x.is_meta
+        if self._num_passes != int(os.environ["SICK_PASS"]) or x.is_meta:
+            return output
+        if torch.distributed.get_rank() != int(os.environ["SICK_RANK"]):
+            return output
+        return output + torch.nan

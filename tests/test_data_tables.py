@@ -100,6 +100,20 @@ def test_table_without_training_split(in_tmp: Path) -> None:
         open_source(str(in_tmp / "saved"))
 
 
+@pytest.mark.parametrize("beside_data", [False, True])
+def test_code_of_a_data_set_is_not_run(beside_data: bool, in_tmp: Path) -> None:
+    """A file of Python that is called as its folder is: such were run, once."""
+    folder, victim = in_tmp / "code", in_tmp / "victim"
+    folder.mkdir()
+    (folder / "code.py").write_text(f"open({str(victim)!r}, 'w')\n")
+    if beside_data:
+        table([2], "image").to_parquet(folder / "train.parquet")
+    with pytest.raises(InputError) as error:
+        open_source(str(folder))
+    assert "\n" not in str(error.value)
+    assert not victim.exists()
+
+
 def test_broken_parquet_file(in_tmp: Path) -> None:
     (in_tmp / "some.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(InputError, match=r"some\.parquet cannot be loaded"):

@@ -14,7 +14,7 @@ from ddpm_lightning.callbacks.fid import FID
 from ddpm_lightning.callbacks.samples import Samples
 from ddpm_lightning.callbacks.shared import TrainerRanks, find_callback, log_scalars, run_folder
 from ddpm_lightning.data.datamodule import Batch, ImageDataModule
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import SharedError
 from ddpm_lightning.images import write_atomically
 from ddpm_lightning.module import DDPM
 from ddpm_lightning.nonfinite import FirstBadStep, OnNonfinite
@@ -70,7 +70,7 @@ class Nonfinite(Callback):
         ema = find_callback(trainer, EMA)
         average = ema.average if ema is not None else []
         if not _are_finite([*pl_module.net.parameters(), *average]):
-            raise InputError(
+            raise SharedError(
                 f"step {trainer.global_step}: the weights are not finite; {self._advice(trainer)}"
             )
         checkpoint["callbacks"][self.state_key] = {"num_skipped": self.num_skipped}
@@ -90,7 +90,7 @@ class Nonfinite(Callback):
         """Ask the device; all ranks do at the same time.
 
         Raises:
-            InputError: There was a bad step, and it is to stop training.
+            SharedError: There was a bad step, and it is to stop training.
         """
         rows = TrainerRanks(trainer).concatenate(pl_module.bad_steps.rows(pl_module.device))
         ranks = [FirstBadStep(*row) for row in rows.tolist()]
@@ -99,7 +99,7 @@ class Nonfinite(Callback):
             return
         first = min((rank for rank in ranks if rank.num_steps), key=lambda rank: rank.step)
         loss = float(np.mean([rank.loss for rank in ranks]))
-        raise InputError(self._report(trainer, pl_module, int(first.step), loss, first.grad_norm))
+        raise SharedError(self._report(trainer, pl_module, int(first.step), loss, first.grad_norm))
 
     def _report(
         self, trainer: Trainer, pl_module: DDPM, step: int, loss: float, grad_norm: float

@@ -5,8 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ddpm_lightning.data.stream_batches import StreamLost
-from ddpm_lightning.errors import Stopped
+from ddpm_lightning.errors import SharedError, Stopped
 from ddpm_lightning.peers import Centre, Spoke, join, watch_each_other_already
 
 
@@ -42,7 +41,7 @@ class Together(Callback):
         Raises:
             RuntimeError: This rank exits with status 0, which looks to launchers as if it had done.
         """
-        if isinstance(exception, KeyboardInterrupt | Stopped | StreamLost):
+        if isinstance(exception, KeyboardInterrupt | Stopped | SharedError):
             self._leave()
         elif isinstance(exception, SystemExit) and not exception.code and trainer.world_size > 1:
             raise RuntimeError(

@@ -18,7 +18,7 @@ from ddpm_lightning.callbacks.signals import is_stopping, leave_quietly, stop
 from ddpm_lightning.commands.shell import DISK_ERRORS, is_out_of_memory
 from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.data.stream_batches import StreamLost
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, SharedError
 from ddpm_lightning.runs import Run
 
 
@@ -38,8 +38,8 @@ def told_in_one_line(job: Job) -> Iterator[None]:
     threading.excepthook = _without_tensorboards
     try:
         yield
-    except StreamLost:
-        if is_stopping(job.trainer):
+    except SharedError as error:
+        if isinstance(error, StreamLost) and is_stopping(job.trainer):
             stop(job.trainer)
         leave_quietly(job.trainer, 2)
         raise

@@ -18,7 +18,7 @@ from ddpm_lightning.data.stream_blocks import Items
 from ddpm_lightning.data.stream_files import RETRY_DELAYS, StreamError
 from ddpm_lightning.data.stream_images import StreamImages, read_window
 from ddpm_lightning.data.stream_order import Part, Run, StreamOrder, Window, choose_lanes
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import InputError, SharedError
 from ddpm_lightning.images import Pixels
 
 _NUM_READERS = 8  # threads of a process that wait for files
@@ -185,7 +185,7 @@ class _Shares(Sampler[Indices]):
         return NUM_BATCHES
 
 
-class StreamLost(StreamError):
+class StreamLost(StreamError, SharedError):
     """A rank cannot read on, and all of them have stopped before the same step."""
 
 
