@@ -125,9 +125,12 @@ class Process(nn.Module):
 
         On the CPU alone: asking a GPU would wait for it, at every step.
         """
-        if t.is_cpu and bool((outside := (t < 0) | (t >= self.num_timesteps)).any()):
+        if not t.is_cpu:
+            return
+        steps = t.numpy()
+        if (outside := (steps < 0) | (steps >= self.num_timesteps)).any():
             raise InputError(
-                f"t {int(t[outside][0])}: must lie in 0..{self.num_timesteps - 1}, the schedule"
+                f"t {steps[outside][0]}: must lie in 0..{self.num_timesteps - 1}, the schedule"
             )
 
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
