@@ -31,7 +31,7 @@ from ddpm_lightning.nonfinite import keep_if_bad, select
 from ddpm_lightning.runs import LOCK_NAME, RunLock
 from tests.command_line import TINY, run_here, tree
 from tests.fit_process import kill_when_there, start_fit
-from tests.test_metrics_features import Malicious
+from tests.malicious import Malicious
 from tests.training import (
     MemoryLogger,
     Recorder,

@@ -36,6 +36,7 @@ from ddpm_lightning.samplers import (
 )
 from tests.command_line import TINY, Result, run_here, run_process, start_process, tree
 from tests.extractors import Small, small
+from tests.malicious import Malicious
 from tests.test_bad_input import assert_refused
 from tests.training import save, scalars
 
@@ -577,6 +578,8 @@ def wrong(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
     np.savez(folder / "flat.npz", np.zeros((40, 64), np.uint8))
     np.savez(folder / "channels.npz", np.zeros((40, 8, 8, 4), np.uint8))
     np.savez(folder / "nothing.npz")
+    planted = np.array([Malicious(folder / "victim")], dtype=object)
+    np.savez(folder / "pickled.npz", planted)
     (folder / "text.npz").write_text("hello")
     (folder / "cut.npz").write_bytes((folder / "flat.npz").read_bytes()[:300])
 
@@ -632,6 +635,7 @@ GOOD = "good --reference digits"
         ("channels.npz", "channels.npz: holds uint8 [40, 8, 8, 4]; images have 1 or 3 channels"),
         ("nothing.npz", "nothing.npz: not an .npz file of images"),
         ("text.npz", "text.npz: not an .npz file of images"),
+        ("pickled.npz", "pickled.npz: not an .npz file of images"),
         ("cut.npz", "cut.npz: not an .npz file of images"),
         ("statistics.npz", "statistics.npz: statistics, not images; give it as --reference"),
         (f"{GOOD} --num_images 41", "good: holds 40 images, too few for --num_images 41"),
@@ -671,6 +675,7 @@ GOOD = "good --reference digits"
         ("good --reference broken", "--reference broken: broken/01.png cannot be decoded"),
         ("good --reference single", "the reference single: 1 images are too few"),
         ("good --reference float.npz", "float.npz: not a file of reference statistics"),
+        ("good --reference pickled.npz", "pickled.npz: not a file of reference statistics"),
         ("good --reference text.npz", "text.npz: not a file of reference statistics"),
         ("good --reference extractor.npz", "extractor.npz: statistics of another extractor: wei"),
         ("good --reference cut_statistics.npz", "cut_statistics.npz: not a file of reference sta"),

@@ -36,6 +36,7 @@ from ddpm_lightning.metrics.judge import (
 from ddpm_lightning.metrics.selftest import ThreadRanks
 from tests import extractors
 from tests.extractors import images, small, write_inception
+from tests.malicious import Malicious
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
@@ -175,14 +176,6 @@ def test_inception_with_a_wrong_hash_is_refused(tmp_path: Path) -> None:
     assert REAL in told(error)
     with pytest.raises(InputError, match="no such file of Inception weights"):
         make_extractor("inception", tmp_path / "none.pth")
-
-
-class Malicious:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("by_torch", [True, False])

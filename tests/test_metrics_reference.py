@@ -24,6 +24,7 @@ from ddpm_lightning.metrics.reference import (
     save_reference,
 )
 from tests.extractors import image_set, images, small
+from tests.malicious import Malicious
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -195,14 +196,6 @@ def test_files_hold_plain_arrays(
         assert json.loads(str(file["protocol"])) == reference.protocol
         expected = {"num_images", "mean", "covariance", "protocol"}
         assert set(file) == expected | ({"features"} if metrics == ("kid",) else set())
-
-
-class Malicious:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Path.touch, (self.path,)
 
 
 def saved(folder: Path, **changes: Any) -> Path:

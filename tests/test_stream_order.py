@@ -4,6 +4,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ddpm_lightning.data.order import Indices, micro_batch
 from ddpm_lightning.data.stream_order import StreamOrder, Window, choose_lanes
@@ -80,6 +82,30 @@ def test_lanes_go_from_window_to_window(
         for (window, offset), place in pairwise(places):
             at_end = offset == window.stop - window.start - 1
             assert place == ((order.following(window), 0) if at_end else (window, offset + 1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    slots=st.integers(1, 6),
+    lanes=st.integers(1, 16),
+    blocks=st.integers(1, 8),
+    num_ranks=st.integers(1, 8),
+    epoch=st.integers(0, 5),
+)
+def test_ranks_share_an_epoch_out_whatever_the_layout(
+    sizes: list[int], slots: int, lanes: int, blocks: int, num_ranks: int, epoch: int
+) -> None:
+    batch_size = slots * lanes * num_ranks
+    order = StreamOrder(sizes, batch_size, lanes, blocks, seed=0)
+    begin, end = epoch * order.num_images, (epoch + 1) * order.num_images
+    shown: list[int] = []
+    for step in range(begin // batch_size, -(-end // batch_size)):
+        for rank in range(num_ranks):
+            positions = micro_batch(step, batch_size, num_ranks, 1, rank)
+            shown += images(order, positions[(positions >= begin) & (positions < end)])
+    all_images = [1000 * block + row for block, size in enumerate(sizes) for row in range(size)]
+    assert sorted(shown) == all_images
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
