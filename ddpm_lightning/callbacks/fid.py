@@ -8,9 +8,9 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from tqdm import tqdm
 
+from ddpm_lightning.bars import bar_options
 from ddpm_lightning.callbacks.curves import aside
 from ddpm_lightning.callbacks.ema import EMA
-from ddpm_lightning.callbacks.progress import bar_options
 from ddpm_lightning.callbacks.shared import (
     TrainerRanks,
     find_callback,

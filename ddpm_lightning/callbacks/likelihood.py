@@ -5,8 +5,8 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from tqdm import tqdm
 
+from ddpm_lightning.bars import bar_options
 from ddpm_lightning.callbacks.ema import EMA
-from ddpm_lightning.callbacks.progress import bar_options
 from ddpm_lightning.callbacks.shared import Mean, find_callback, log_evaluation
 from ddpm_lightning.data.datamodule import Batch
 from ddpm_lightning.errors import InputError

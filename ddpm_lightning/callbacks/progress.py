@@ -1,24 +1,18 @@
 """The progress bar: counted in optimizer steps, with loss, images/s and the time left."""
 
-import sys
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from ddpm_lightning.bars import bar_options
 from ddpm_lightning.callbacks.curves import Curves
 from ddpm_lightning.callbacks.shared import find_callback
 from ddpm_lightning.data.datamodule import Batch
 from ddpm_lightning.module import DDPM
 
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
-
-
-def bar_options(**options: Any) -> dict[str, Any]:
-    """Give the options that all of the project's bars share; a log file gets a line a minute."""
-    seconds = 0.2 if sys.stderr.isatty() else 60.0
-    return {"mininterval": seconds, "maxinterval": seconds, "dynamic_ncols": True, **options}
 
 
 class Progress(ProgressBar):

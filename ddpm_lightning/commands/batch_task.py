@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ddpm_lightning.callbacks.progress import bar_options
+from ddpm_lightning.bars import bar_options
 
 
 class BatchTask(LightningModule):

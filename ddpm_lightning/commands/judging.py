@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ddpm_lightning.callbacks.progress import bar_options
+from ddpm_lightning.bars import bar_options
 from ddpm_lightning.callbacks.shared import TrainerRanks
 from ddpm_lightning.commands.references import ReferenceChoice
 from ddpm_lightning.commands.rows import Row

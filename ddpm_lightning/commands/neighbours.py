@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm_lightning.callbacks.progress import bar_options
+from ddpm_lightning.bars import bar_options
 from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.commands.options import parse_options
 from ddpm_lightning.commands.pictures import (

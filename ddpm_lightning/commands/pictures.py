@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm_lightning.callbacks.progress import bar_options
+from ddpm_lightning.bars import bar_options
 from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.commands.settings import check_settings
 from ddpm_lightning.commands.shell import announce

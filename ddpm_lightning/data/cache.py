@@ -16,6 +16,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
+from ddpm_lightning.bars import bar_options
 from ddpm_lightning.data.decoding import BrokenImage, decode_split
 from ddpm_lightning.data.items import Source, Split, SplitName, fingerprint
 from ddpm_lightning.errors import InputError
@@ -188,6 +189,7 @@ def _write_images(
         total=len(split),
         unit=" images",
         delay=2,  # seconds: what is done at once needs no bar
+        **bar_options(),
     )
     with path.open("wb") as file:
         for index, pixels in enumerate(decoded):

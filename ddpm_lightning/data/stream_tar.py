@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ddpm_lightning.bars import bar_options
 from ddpm_lightning.data.cache import locked
 from ddpm_lightning.data.image_folder import SUFFIXES
 from ddpm_lightning.data.items import fingerprint
@@ -101,7 +102,7 @@ def _scan(file: File, stamp: Stamp) -> tuple[list[str], Indices]:
     try:
         with (
             tarfile.open(fileobj=raw, mode="r:") as tar,
-            tqdm(desc=f"Indexing {file.name}", unit=" members", delay=2) as bar,
+            tqdm(desc=f"Indexing {file.name}", unit=" members", delay=2, **bar_options()) as bar,
         ):
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all

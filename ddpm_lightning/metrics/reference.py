@@ -13,6 +13,7 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
+from ddpm_lightning.bars import bar_options
 from ddpm_lightning.data.batches import Images
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import write_atomically
@@ -87,7 +88,9 @@ def _collect(
 ) -> FeatureSet:
     collector = Collector(extractor, [metric for metric in metrics if metric != "is"])
     starts = range(0, len(images), batch_size)
-    for start in tqdm(starts, desc="features of the reference", delay=2, unit="batch"):
+    for start in tqdm(
+        starts, desc="features of the reference", delay=2, unit="batch", **bar_options()
+    ):
         chosen = np.arange(start, min(start + batch_size, len(images)))
         collector.add(torch.from_numpy(images[chosen]))
     return collector.finish()
