@@ -1,5 +1,7 @@
 """DDPM: wires data, process, network and sampler together; the mathematics is elsewhere."""
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_lightning import checkpoints
 from ddpm_lightning.checkpoints import Weights
@@ -66,6 +69,9 @@ class DDPM(Denoiser, LightningModule):
         lr_decay_steps: It falls linearly towards 0 over the last so many of `trainer.max_steps`,
             or over all of them where they are fewer.
         image_shape: (C, H, W) of the images; taken from the data module when None.
+        compile: Have torch compile the network for training (`net.compile()`, inductor), which takes
+            minutes at the start. Meant for GPUs, where it has not been measured; on a CPU it gained
+            nothing (docs/benchmarks.md).
         on_nonfinite: Whether a step whose loss or gradient is not finite stops training, at the
             next logging step or checkpoint, or is left out.
         seed: Keys t, noise and dropout in training.
@@ -89,6 +95,7 @@ class DDPM(Denoiser, LightningModule):
         lr_warmup_steps: int = 100,
         lr_decay_steps: int = 0,
         image_shape: tuple[int, int, int] | None = None,
+        compile: bool = False,
         on_nonfinite: OnNonfinite = "stop",
         seed: int = 0,
     ) -> None:
@@ -115,9 +122,11 @@ class DDPM(Denoiser, LightningModule):
         # of the micro-batches of this step so far: t and losses
         self._seen: list[tuple[Tensor, Tensor]] = []
         self.grad_norm: Tensor | None = None
+        self.flops_per_image = 0  # of a forward pass; once there are images
         self.bad_steps = BadSteps(are_final=on_nonfinite == "stop")
         self._step_loss = torch.zeros(())
         self._skips = on_nonfinite == "skip"
+        self._compiles = compile
         self._optimizer = optimizer
         self._lr_warmup_steps = lr_warmup_steps
         self._lr_decay_steps = lr_decay_steps
@@ -278,9 +287,14 @@ class DDPM(Denoiser, LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None:
             self.check_images(data.image_shape)
+        if stage == "fit" and self._compiles:
+            _check_compiler()
+            self.net.compile()  # in place: a compiled copy would give the weights other names
 
     def check_images(self, image_shape: tuple[int, int, int]) -> None:
         """Settle on an image shape; the network is run once on it, without computing anything.
+
+        The floating-point operations that one image takes are counted on the way.
 
         Raises:
             InputError: The network cannot take it, or gives back another shape.
@@ -292,7 +306,8 @@ class DDPM(Denoiser, LightningModule):
         size = "x".join(map(str, image_shape))
         told = (t,) if self.num_classes else ()
         try:
-            output = functional_call(self.net, weights, (x, t, *told))
+            with FlopCounterMode(display=False) as counter:
+                output = functional_call(self.net, weights, (x, t, *told))
         except TypeError as error:
             raise InputError(
                 f"the network cannot be called as net({'x, t, labels' if told else 'x, t'}): its "
@@ -308,6 +323,7 @@ class DDPM(Denoiser, LightningModule):
             asked = "x".join(map(str, self.image_shape))
             raise InputError(f"--model.image_shape says {asked}, but the images are {size}")
         self.image_shape = image_shape
+        self.flops_per_image = int(counter.get_total_flops())
 
     def on_train_start(self) -> None:
         """Let the optimizer's options be those asked for, where a checkpoint brought others.
@@ -423,4 +439,14 @@ class DDPM(Denoiser, LightningModule):
             f"the network does not map images of {size} to {wanted}; give it "
             f"--model.net.in_channels {channels} --model.net.out_channels {outputs}, "
             "or change --data.channels"
+        )
+
+
+def _check_compiler() -> None:
+    """See that inductor has the compiler that it writes C++ for, on any kind of device."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise InputError(
+            f"--model.compile true: needs a C++ compiler, and there is no {compiler}; install one "
+            "(on Debian: apt install g++), or leave it out"
         )

@@ -257,7 +257,7 @@ def test_tensorboard_has_every_curve_at_its_step(pictures: Path, tmp_path: Path)
     )
     trainer.fit(tiny_module(), make_data(pictures))
     names = ("loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "grad_norm", "lr")
-    expected = {f"train/{name}": [2, 4, 5] for name in (*names, "images_per_second")}
+    expected = {f"train/{name}": [2, 4, 5] for name in (*names, "images_per_second", "tflops")}
     expected |= {"val/loss": [3], "val/loss_ema": [3]}
     for name in ("mean", "std"):
         for source in ("samples", "data"):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ddpm_lightning.callbacks.shared import Mean, find_callback, log_evaluation, log_scalars
+from ddpm_lightning.callbacks.utilisation import peak_of
 from ddpm_lightning.data.datamodule import Batch
 from ddpm_lightning.module import DDPM
 
@@ -31,7 +32,9 @@ class Curves(Callback):
 
     A window runs from one logging step to the next (`--trainer.log_every_n_steps`). The losses
     are means over all its images, on all ranks and micro-batches; the device is waited for once.
-    The speed includes waiting for data, but not validation, drawing and judging.
+    The speed includes waiting for data, but not validation, drawing and judging. `train/tflops` is
+    that of the network's arithmetic on all ranks, in TFLOP/s, and `train/mfu` the share of what
+    their devices can do, where that is known (model FLOPs utilisation, Chowdhery et al. 2022, appendix B).
     """
 
     def __init__(self) -> None:
@@ -45,6 +48,8 @@ class Curves(Callback):
         self._validation_start = 0.0
         self._lr = 0.0
         self._step = 0
+        self._flops_per_image = 0
+        self._peak: float | None = None
 
     def set_aside(self, seconds: float) -> None:
         """Leave time that was not spent on training out of the window's speed."""
@@ -67,6 +72,9 @@ class Curves(Callback):
             self._losses.restore(self._restored.to(trainer.strategy.root_device))
         self._restored = None
         self._step = trainer.global_step
+        # a gradient takes two products where the output took one
+        self._flops_per_image = 3 * pl_module.flops_per_image
+        self._peak = peak_of(trainer.strategy.root_device, str(trainer.precision))
         self._window_start = time.perf_counter()
 
     def on_before_optimizer_step(
@@ -99,10 +107,15 @@ class Curves(Callback):
             **{f"train/loss_q{index}": value for index, value in enumerate(quarters, start=1)},
             "train/grad_norm": grad_norm,
             "train/lr": self._lr,
-            "train/images_per_second": self._num_images / seconds,
+            **self._speeds(self._num_images / seconds, trainer.world_size),
         }
         log_scalars(trainer, self.latest)
         self._num_images, self._seconds_aside, self._window_start = 0, 0.0, now
+
+    def _speeds(self, images_per_second: float, num_devices: int) -> dict[str, float]:
+        flops = self._flops_per_image * images_per_second
+        speeds = {"train/images_per_second": images_per_second, "train/tflops": flops / 1e12}
+        return speeds | ({"train/mfu": flops / self._peak / num_devices} if self._peak else {})
 
     def on_validation_start(self, trainer: Trainer, pl_module: DDPM) -> None:
         """Stop the clock."""

@@ -1,0 +1,99 @@
+"""Counting the network's arithmetic, and compiling it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ddpm_lightning import UNet
+from ddpm_lightning.callbacks import Curves, curves
+from ddpm_lightning.callbacks.utilisation import peak_flops, peak_of
+from ddpm_lightning.errors import InputError
+from tests.training import (
+    MemoryLogger,
+    flat_state,
+    make_data,
+    make_trainer,
+    tiny_module,
+)
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
+
+
+class OneConvolution(nn.Module):
+    """As a user's own network may be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        output: Tensor = self.conv(x)
+        return output
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "expected"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "bf16-mixed", 312e12),
+        ("NVIDIA A100-SXM4-80GB", "32-true", 156e12),
+        ("NVIDIA H100 80GB HBM3", "16-mixed", 989.4e12),
+        ("NVIDIA H100 PCIe", "bf16-true", 756e12),
+        ("NVIDIA L40S", "bf16-mixed", 362e12),
+        ("Tesla T4", "32-true", 8.1e12),
+        ("NVIDIA L400", "bf16-mixed", None),
+    ],
+)
+def test_peaks_by_name(name: str, precision: str, expected: float | None) -> None:
+    assert peak_flops(name, precision) == expected
+
+
+def test_a_cpu_has_no_known_peak() -> None:
+    assert peak_of(torch.device("cpu"), "32-true") is None
+
+
+def test_a_forward_pass_is_counted() -> None:
+    module = tiny_module(OneConvolution())
+    module.check_images((1, 8, 12))
+    assert module.flops_per_image == 2 * 9 * 8 * 12  # nine products and sums for each pixel
+
+
+def test_utilisation_is_logged_where_the_peak_is_known(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curves, "peak_of", lambda device, precision: 5e9)
+    logger = MemoryLogger()
+    trainer = make_trainer(
+        tmp_path, Curves(), max_steps=2, log_every_n_steps=2, logger=logger, precision="32-true"
+    )
+    module = tiny_module()
+    trainer.fit(module, make_data(pictures))
+    speed = logger.scalars["train/images_per_second"][2]
+    assert module.flops_per_image > 0
+    tflops = 3 * module.flops_per_image * speed / 1e12
+    assert logger.scalars["train/tflops"][2] == pytest.approx(tflops)
+    assert logger.scalars["train/mfu"][2] == pytest.approx(tflops * 1e12 / 5e9)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_as_a_plain_one(pictures: Path, tmp_path: Path) -> None:
+    states = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        module = tiny_module(UNet(1, 1, 32, (1,), 1, ()), compile=compiles)
+        trainer = make_trainer(tmp_path, max_steps=3)
+        trainer.fit(module, make_data(pictures))
+        assert (module.net._compiled_call_impl is not None) == compiles
+        states.append(module.state_dict())
+    plain, compiled = states
+    assert list(plain) == list(compiled)  # the same names
+    assert float((flat_state(plain) - flat_state(compiled)).abs().max()) < 1e-4
+
+
+def test_compiling_needs_a_compiler(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match="needs a C\\+\\+ compiler, and there is no no-such-comp"):
+        make_trainer(tmp_path, max_steps=1).fit(tiny_module(compile=True), make_data(pictures))
