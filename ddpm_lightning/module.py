@@ -69,7 +69,7 @@ class DDPM(Denoiser, LightningModule):
         lr_decay_steps: It falls linearly towards 0 over the last so many of `trainer.max_steps`,
             or over all of them where they are fewer.
         image_shape: (C, H, W) of the images; taken from the data module when None.
-        compile: Have torch compile the network for training (`net.compile()`, inductor), which takes
+        compile: Have torch compile the network for training (`net.compile()`, inductor), for
             minutes at the start. Meant for GPUs, where it has not been measured; on a CPU it gained
             nothing (docs/benchmarks.md).
         on_nonfinite: Whether a step whose loss or gradient is not finite stops training, at the

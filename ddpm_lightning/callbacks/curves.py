@@ -34,7 +34,8 @@ class Curves(Callback):
     are means over all its images, on all ranks and micro-batches; the device is waited for once.
     The speed includes waiting for data, but not validation, drawing and judging. `train/tflops` is
     that of the network's arithmetic on all ranks, in TFLOP/s, and `train/mfu` the share of what
-    their devices can do, where that is known (model FLOPs utilisation, Chowdhery et al. 2022, appendix B).
+    their devices can do, where that is known (model FLOPs utilisation, Chowdhery et al. 2022,
+    appendix B).
     """
 
     def __init__(self) -> None:
