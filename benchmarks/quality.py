@@ -12,7 +12,7 @@ RUN = Path("runs/fashion")
 EXTRACTOR = "efficientnet-lite0"
 NUM_IMAGES = 1000
 ANCESTRAL, NUM_ANCESTRAL = "ddpm", 250
-SAMPLERS = f"ddim,dpmpp_2m,dpmpp_2m_sde,heun:3:5:10,{ANCESTRAL}:50:{NUM_ANCESTRAL}"
+SAMPLERS = f"ddim,dpmpp_2m:5:10:20,dpmpp_2m_sde:10:20,{ANCESTRAL}:{NUM_ANCESTRAL}"
 NUM_STEPS = "5,10,20,50"
 
 Distances = dict[tuple[str, int], float]
