@@ -1,16 +1,24 @@
-"""What few evaluations of the network cost in quality."""
+"""What few evaluations of the network cost in quality: `python -m benchmarks.quality`."""
 
+import gzip
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from benchmarks.harness import Row, make_row
 
+SOURCE = "/usr/share/datasets/fashion-mnist"
+"""Where Debian's package dataset-fashion-mnist puts it."""
+SIZE = 28  # pixels
 RUN = Path("runs/fashion")
 """The run of experiments/fashion_mnist.yaml that docs/fashion.md describes."""
 EXTRACTOR = "efficientnet-lite0"
-NUM_IMAGES = 1000
+NUM_IMAGES, NUM_REFERENCE = 1000, 10_000
 ANCESTRAL, NUM_ANCESTRAL = "ddpm", 250
 SAMPLERS = f"ddim,dpmpp_2m:5:10:20,dpmpp_2m_sde:10:20,{ANCESTRAL}:{NUM_ANCESTRAL}"
 NUM_STEPS = "5,10,20,50"
@@ -19,12 +27,30 @@ Distances = dict[tuple[str, int], float]
 """By sampler and evaluations of the network."""
 
 
+def fashion_pixels() -> NDArray[np.uint8]:
+    """Read the training images, uint8 [60,000, 28, 28, 1]."""
+    with gzip.open(f"{SOURCE}/train-images-idx3-ubyte.gz") as file:
+        pixels = np.frombuffer(file.read(), np.uint8, offset=16)
+    return pixels.reshape(-1, SIZE, SIZE, 1)
+
+
+def write_reference(folder: Path) -> Path:
+    """Write the first training images as an IDX file to a folder, and name that."""
+    file = folder / "train-images-idx3-ubyte"
+    if not file.exists():  # written anew, it would be other images to `fid`
+        folder.mkdir(exist_ok=True)
+        header = struct.pack(">4I", 0x0803, NUM_REFERENCE, SIZE, SIZE)
+        file.write_bytes(header + fashion_pixels()[:NUM_REFERENCE].tobytes())
+    return folder
+
+
 def sweep(run: Path) -> list[str]:
     """Give the command that judges few evaluations and many of a run's last checkpoint."""
     return [
         "fid",
         f"{run}/checkpoints/last.ckpt",
-        *("--extractor", EXTRACTOR, "--num_images", str(NUM_IMAGES)),
+        *("--reference", f"{run}/reference", "--extractor", EXTRACTOR),
+        *("--num_images", str(NUM_IMAGES)),
         *("--sampler", SAMPLERS, "--num_steps", NUM_STEPS),
         *("--out", f"{run}/evaluations"),
     ]
@@ -37,10 +63,13 @@ def distances(run: Path) -> Distances:
     """
     if not (run / "checkpoints/last.ckpt").exists():
         raise FileNotFoundError(f"{run}/checkpoints/last.ckpt: docs/fashion.md says how to train")
+    write_reference(run / "reference")
     subprocess.run([sys.executable, "-m", "ddpm_lightning", *sweep(run)], check=True)
     rows = json.loads((run / "evaluations/sweep.json").read_text())["rows"]
     return {
-        (row["subject"]["sampler"], row["subject"]["nfe"]): row["metrics"][f"fd_{EXTRACTOR}"]
+        (row["subject"]["sampler"]["name"], row["subject"]["nfe"]): row["metrics"][
+            f"fd_{EXTRACTOR}"
+        ]
         for row in rows
     }
 
@@ -77,3 +106,7 @@ def few_step_10(runs: int, budget: float) -> Row:
 def few_step_20(runs: int, budget: float) -> Row:
     """Compare 20 evaluations."""
     return few_step(20, 1.05)
+
+
+if __name__ == "__main__":
+    distances(RUN)

@@ -6,9 +6,7 @@ with 50 evaluations each, which `fid` compares with 10,000 training images. Peer
 black pixels widen to 32x32, and their samples lose that edge again: all are judged at 28x28.
 """
 
-import gzip
 import json
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,24 +33,22 @@ from tqdm import tqdm
 
 from benchmarks.harness import Row, make_row, own_process, seconds_of
 from benchmarks.peers import DiffusersStep
+from benchmarks.quality import EXTRACTOR, SIZE, SOURCE, fashion_pixels, write_reference
 from benchmarks.training import OurStep
 from ddpm_lightning import UNet
 from ddpm_lightning.commands.allocator import keep_freed_memory
 from ddpm_lightning.images import to_uint8
 
-SOURCE = "/usr/share/datasets/fashion-mnist"
-"""Where Debian's package dataset-fashion-mnist puts it."""
 EXPERIMENT = Path("experiments/fashion_mnist.yaml")
 FOLDER = Path("runs/time_to_quality")
 """Keeps what has been trained and judged: each is done once."""
 SECONDS = 900.0
 BATCH_SIZE, LEARNING_RATE = 32, 5e-4
 """Of the peers."""
-NUM_SAMPLES, NUM_EVALUATIONS, NUM_REFERENCE = 1000, 50, 10_000
+NUM_SAMPLES, NUM_EVALUATIONS = 1000, 50
 BATCH_OF_SAMPLES = 100
-EXTRACTOR = "efficientnet-lite0"
-SIZE, EDGE = 28, 2
-"""Of an image, and of the black pixels on each of its sides that peers see, in pixels."""
+EDGE = 2
+"""Black pixels on each side of the images that peers see."""
 NUM_TIMED, NUM_TURNS = 10, 6
 """Steps in a turn, and turns, of which the fastest counts: it was disturbed least."""
 OURS, HARDER = "ddpm_lightning", "diffusers-our-network"
@@ -151,13 +147,6 @@ class DiffusersRecipe:
 Peer = LucidrainsStep | DiffusersRecipe
 
 
-def fashion_pixels() -> NDArray[np.uint8]:
-    """Read the training images, uint8 [60,000, 28, 28, 1]."""
-    with gzip.open(f"{SOURCE}/train-images-idx3-ubyte.gz") as file:
-        pixels = np.frombuffer(file.read(), np.uint8, offset=16)
-    return pixels.reshape(-1, SIZE, SIZE, 1)
-
-
 def our_network() -> UNet:
     """Build the network of our experiment."""
     options = yaml.safe_load(EXPERIMENT.read_text())["model"]["net"]["init_args"]
@@ -244,15 +233,6 @@ def train_ours(num_steps: int, out: Path) -> Path:
         "--ckpt_path=auto",
     )
     return run / "checkpoints/last.ckpt"
-
-
-def write_reference(folder: Path) -> Path:
-    """Write the first training images as an IDX file to a folder, and name that."""
-    folder.mkdir(exist_ok=True)
-    header = struct.pack(">4I", 0x0803, NUM_REFERENCE, SIZE, SIZE)
-    pixels = fashion_pixels()[:NUM_REFERENCE]
-    (folder / "train-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
-    return folder
 
 
 def distances(folder: Path = FOLDER) -> dict[str, float]:

@@ -11,6 +11,7 @@ import pytest
 from ddpm_lightning.data.idx import open_idx
 
 pytest.importorskip("denoising_diffusion_pytorch", reason="it comes with the extra `benchmark`")
+from benchmarks import quality
 from benchmarks import time_to_quality as benchmark
 
 pytestmark = pytest.mark.slow  # of networks that are not small
@@ -22,8 +23,8 @@ def clothes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
     content = struct.pack(">4I", 0x0803, *pixels.shape) + pixels.tobytes()
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(content))
-    monkeypatch.setattr(benchmark, "SOURCE", str(tmp_path))
-    monkeypatch.setattr(benchmark, "NUM_REFERENCE", 30)
+    monkeypatch.setattr(quality, "SOURCE", str(tmp_path))
+    monkeypatch.setattr(quality, "NUM_REFERENCE", 30)
     monkeypatch.setattr(benchmark, "NUM_SAMPLES", 3)
     monkeypatch.setattr(benchmark, "BATCH_OF_SAMPLES", 2)
     monkeypatch.setattr(benchmark, "NUM_EVALUATIONS", 2)
@@ -42,11 +43,11 @@ def test_a_peer_trains_and_its_samples_are_of_the_images_size(name: str, tmp_pat
 
 
 def test_the_reference_is_the_first_training_images(clothes: Path, tmp_path: Path) -> None:
-    folder = benchmark.write_reference(tmp_path / "reference")
+    folder = quality.write_reference(tmp_path / "reference")
     split = open_idx(str(folder), folder).splits["train"]
     assert len(split) == 30
     written = np.frombuffer((folder / "train-images-idx3-ubyte").read_bytes(), np.uint8, offset=16)
-    assert (written.reshape(30, 28, 28, 1) == benchmark.fashion_pixels()[:30]).all()
+    assert (written.reshape(30, 28, 28, 1) == quality.fashion_pixels()[:30]).all()
 
 
 def test_steps_are_timed_once(tmp_path: Path) -> None:
