@@ -21,12 +21,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 import yaml
-from denoising_diffusion_pytorch import (  # type: ignore[import-untyped]
-    GaussianDiffusion,
-)
+from denoising_diffusion_pytorch import GaussianDiffusion
 from denoising_diffusion_pytorch import Unet as LucidrainsUnet
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
-from ema_pytorch import EMA  # type: ignore[import-untyped]
+from ema_pytorch import EMA
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
