@@ -14,7 +14,6 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_lightning import checkpoints
 from ddpm_lightning.checkpoints import Weights
@@ -299,6 +298,9 @@ class DDPM(Denoiser, LightningModule):
         Raises:
             InputError: The network cannot take it, or gives back another shape.
         """
+        # here, for it imports triton, which only training needs
+        from torch.utils.flop_counter import FlopCounterMode
+
         x = torch.empty(1, *image_shape, device="meta", dtype=self._net_dtype)
         t = torch.zeros(1, device="meta", dtype=torch.int64)
         state = (*self.net.named_parameters(), *self.net.named_buffers())

@@ -126,14 +126,7 @@ class SlowUNet(BufferedUNet):
 class SickUNet(BufferedUNet):
     """Gives what is no number in pass SICK_PASS of the training of rank SICK_RANK."""
 
-    def __init__(
-        self,
-        base_channels: int = 32,
-        channel_mults: Sequence[int] = (1,),
-        attention_levels: Sequence[int] = (),
-    ) -> None:
-        super().__init__(base_channels, channel_mults, attention_levels)
-        self._num_passes = 0
+    _num_passes = 0
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         output = super().forward(x, t, labels)
