@@ -21,7 +21,7 @@ from PIL import Image
 from ddpm_lightning.data import stream_order
 from ddpm_lightning.data.batches import Batch
 from ddpm_lightning.data.datamodule import ImageDataModule
-from ddpm_lightning.data.stream_batches import StreamBatches, StreamLoader
+from ddpm_lightning.data.stream_batches import StreamBatches, StreamLoader, StreamLost
 from ddpm_lightning.data.stream_files import StreamError
 from ddpm_lightning.data.stream_images import StreamImages
 from ddpm_lightning.data.stream_sources import expand_braces
@@ -546,6 +546,17 @@ def test_a_changed_folder_is_noticed(make: Make, tmp_path: Path) -> None:
     os.utime(next((tmp_path / "set").rglob("000007.png")), (0, 0))
     with pytest.raises(StreamError, match=r"000007\.png: has changed since"):
         take(loader, 1)
+
+
+def test_a_signal_between_two_waits_ends_the_next(make: Make, streams: Path) -> None:
+    """It comes while a step is taken or saved, and then the server hangs."""
+    loader = make(streams / "tar").train_dataloader()
+    assert isinstance(loader, StreamLoader)
+    batches = iter(loader)
+    next(batches)
+    loader.end_wait()
+    with pytest.raises(StreamLost, match="a signal ended the wait"):
+        next(batches)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -224,6 +224,7 @@ class StreamLoader(DataLoader[Batch]):
         self._accumulate = accumulate
         self._pin = pin_memory
         self._is_waiting = False
+        self._is_ended = False
         # on the host, so that nobody waits for a device
         self._ranks: dist.ProcessGroup | None = None
         if dist.is_initialized():
@@ -247,12 +248,16 @@ class StreamLoader(DataLoader[Batch]):
         while True:
             batches: list[Batch] = []
             failure = ""
-            self._is_waiting = True
             try:
-                batches = [self._join(parts) for _ in range(self._accumulate)]
-            except StreamError as error:
-                failure = str(error)
-            except _WaitEnded:
+                self._is_waiting = True
+                if self._is_ended:
+                    raise _WaitEnded
+                try:
+                    batches = [self._join(parts) for _ in range(self._accumulate)]
+                except StreamError as error:
+                    failure = str(error)
+                self._is_waiting = False
+            except _WaitEnded:  # at any line above: nothing happens between them and the flag
                 failure = "a signal ended the wait for images of the stream"
             finally:
                 self._is_waiting = False
@@ -261,11 +266,14 @@ class StreamLoader(DataLoader[Batch]):
             yield from batches
 
     def end_wait(self) -> None:
-        """Stop waiting for images, which may take minutes: for the handler of a signal.
+        """Wait for images no more, which may take minutes: for the handler of a signal.
 
-        Nothing happens where none are waited for.
+        Where none are waited for, the next wait ends at once: until the step is over in which the
+        ranks would agree to stop, a server may have begun to hang.
         """
+        self._is_ended = True
         if self._is_waiting:
+            self._is_waiting = False  # once: a second signal finds nothing to end
             raise _WaitEnded
 
     def _join(self, parts: Iterator[Batch | InputError]) -> Batch:
