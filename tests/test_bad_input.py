@@ -381,7 +381,7 @@ def test_another_network_is_named_by_the_key_that_differs(here: Path) -> None:
         ("whole.ckpt --sampler heun --eta 0", "eta belongs to the ddim sampler"),
         ("whole.ckpt --sampler dpmpp_2m_sde --eta 1", "eta belongs to the ddim sampler"),
         ("whole.ckpt --sampler heun --num_steps 21", "num_steps must lie in 1..20, got 21"),
-        ("whole.ckpt --spacing trailin", "spacing trailin: none of even, leading, trailing, ddimN"),
+        ("whole.ckpt --spacing trailin", "trailin: none of even, leading, trailing, log_snr"),
         ("whole.ckpt --spacing trailin", "did you mean trailing?"),
         ("whole.ckpt --spacing ddim0", "spacing ddim0: none of even"),
         ("whole.ckpt --spacing ddim", "spacing ddim: none of even"),

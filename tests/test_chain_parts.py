@@ -28,7 +28,7 @@ SAMPLERS = [
     DDPMSampler(10),
     DDIMSampler(),
     DDIMSampler(10, spacing="trailing"),
-    DDIMSampler(10, 0.7),
+    DDIMSampler(10, 0.7, spacing="log_snr"),
     DDIMSampler(spacing="ddim20", clip="none"),
     HeunSampler(10),
 ]

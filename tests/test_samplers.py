@@ -147,7 +147,7 @@ def test_deterministic_ddim_draws_only_x_T(golden: Golden) -> None:
         DDIMSampler(7, eta=1.0, spacing="leading"),
         DPMSolver2MSampler(7),
         DPMSolver2MSampler(1),
-        DPMSolver2MSDESampler(7, spacing="even"),
+        DPMSolver2MSDESampler(7, spacing="log_snr"),
         HeunSampler(7, spacing="3,4"),
         HeunSampler(1, clip="dynamic"),
     ],

@@ -7,9 +7,16 @@ import torch
 
 from ddpm_lightning.diffusion.clipping import Clip, clip_x_0
 from ddpm_lightning.diffusion.process import Process
-from ddpm_lightning.diffusion.schedules import make_betas
-from ddpm_lightning.diffusion.timesteps import SPACINGS, check_spacing, space_timesteps
+from ddpm_lightning.diffusion.schedules import Schedule, make_betas
+from ddpm_lightning.diffusion.timesteps import (
+    BY_LOG_SNR,
+    SPACINGS,
+    check_spacing,
+    space_by_log_snr,
+    space_timesteps,
+)
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.samplers import make_sampler
 from tests.conftest import Golden
 
 
@@ -49,18 +56,37 @@ def test_spacings_by_hand(spacing: str, num_steps: int, expected: list[int]) -> 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_spacings_give_as_many_as_asked(spacing: str) -> None:
+    process = Process(make_betas("cosine", 50))
     for num_steps in range(1, 51):
-        timesteps = space_timesteps(50, num_steps, spacing)
+        sampler = make_sampler("ddim", num_steps, spacing=spacing)
+        timesteps = sampler.respace(process).timesteps
         assert len(timesteps) == num_steps
         assert (timesteps.diff() > 0).all()
         assert 0 <= timesteps[0] <= timesteps[-1] < 50
     assert torch.equal(timesteps, torch.arange(50))
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_log_snr_falls_evenly_to_the_last_step_but_one(schedule: Schedule) -> None:
+    """From where `trailing` ends to the least that counts, or to the schedule's own end."""
+    process = Process(make_betas(schedule, 1000))
+    alphas_cumprod = process.alphas_cumprod
+    log_snr = (alphas_cumprod / (1 - alphas_cumprod)).log()
+    timesteps = space_by_log_snr(alphas_cumprod, 10)
+    assert (timesteps[0], timesteps[-1]) == (99, 999)
+    least = max(-8.0, float(log_snr[-1]))
+    stride = (log_snr[99] - least) / 9
+    nearest = log_snr[99] - stride * torch.arange(9)
+    steps = log_snr[:-1] - log_snr[1:]  # as near as the schedule lets it be
+    assert ((log_snr[timesteps[:-1]] - nearest).abs() <= steps[timesteps[:-1]]).all()
+    with pytest.raises(InputError, match=r"num_steps must lie in 1\.\.1000, got 1001"):
+        make_sampler("dpmpp_2m", 1001, spacing=BY_LOG_SNR).respace(process)
+
+
 @pytest.mark.parametrize(
     ("spacing", "num_steps", "told"),
     [
-        ("linspace", 5, "spacing linspace: none of even, leading, trailing, ddimN"),
+        ("linspace", 5, "spacing linspace: none of even, leading, trailing, log_snr, ddimN"),
         ("ddim300", 300, "no whole stride visits 300 of 1000 timesteps; the nearest is ddim334"),
         ("ddim1", 1, "no whole stride visits 1 of 1000 timesteps; the nearest is ddim2"),
         ("ddim50", 40, "num_steps 40: the spacing ddim50 has 50 steps"),

@@ -30,6 +30,7 @@ from ddpm_lightning.coding.channel import Target, Vector
 from ddpm_lightning.coding.entropy import LEAST_PROBABILITY, SymbolReader, Symbols, SymbolWriter
 from ddpm_lightning.diffusion.clipping import clip_x_0
 from ddpm_lightning.diffusion.process import Process
+from ddpm_lightning.diffusion.timesteps import space_by_log_snr
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import to_float, to_uint8
 
@@ -83,20 +84,8 @@ def space_by_noise(process: Process, num_steps: int) -> Tensor:
     Raises:
         InputError: num_steps is out of range.
     """
-    num_timesteps = process.num_timesteps
-    if not 1 <= num_steps <= num_timesteps:
-        raise InputError(f"num_steps must lie in 1..{num_timesteps}, got {num_steps}")
-    alphas_cumprod = process.alphas_cumprod.cpu().numpy()
-    with np.errstate(divide="ignore"):  # log SNR is -inf where nothing of x_0 is left
-        log_snr = np.log(alphas_cumprod / (1 - alphas_cumprod))
-    log_snr = log_snr.clip(_LEAST_LOG_SNR, _MOST_LOG_SNR)
-    wanted = np.linspace(log_snr[0], log_snr[-1], num_steps)
-    chosen = np.searchsorted(-log_snr, -wanted, side="right") - 1
-    chosen[-1] = num_timesteps - 1
-    # Where the schedule is coarser than that, one has been chosen twice: take its neighbours.
-    count = np.arange(num_steps)
-    chosen = np.maximum.accumulate(chosen - count) + count
-    return torch.from_numpy(np.minimum(chosen, num_timesteps - num_steps + count))
+    alphas_cumprod = process.alphas_cumprod
+    return space_by_log_snr(alphas_cumprod, num_steps, _MOST_LOG_SNR, _LEAST_LOG_SNR)
 
 
 def encode(

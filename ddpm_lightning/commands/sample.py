@@ -71,8 +71,9 @@ def sample(
         num_steps: Timesteps to visit; ddpm takes all, ddim 50, dpmpp_2m and dpmpp_2m_sde 20, heun
             10. At each the network is evaluated once, by heun twice but in its last step.
         eta: Share of fresh noise for ddim, from 0 (deterministic, the default) to 1.
-        spacing: Which timesteps those are: even, leading, trailing, ddimN (N by a whole stride) or
-            sections such as 10,15,20; ddpm and ddim take even, the others trailing.
+        spacing: Which timesteps those are: even, leading, trailing, log_snr (even in log-SNR),
+            ddimN (N by a whole stride) or sections such as 10,15,20; ddpm and ddim take even, heun
+            trailing, the others log_snr.
         clip: What happens to the predicted x_0: static clamps it to [-1, 1] (the default), dynamic
             scales what lies beyond into it, none leaves it.
         labels: Classes, such as 3 or 0-9 or 0,3,5: the image of seed i has the one at i modulo

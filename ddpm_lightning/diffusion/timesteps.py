@@ -11,8 +11,12 @@ from torch import Tensor
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.randomness import Stream, hash_uniform
 
-SPACINGS = ("even", "leading", "trailing")
+BY_LOG_SNR = "log_snr"
+SPACINGS = ("even", "leading", "trailing", BY_LOG_SNR)
 """Spacings that go with any number of steps; `ddimN` and sections hold their own."""
+
+# x_t is noise but for a fiftieth there: what a solver has to find out begins after it.
+_LEAST_LOG_SNR = -8.0
 
 
 def draw_timesteps(seed: int, positions: NDArray[np.int64], num_timesteps: int) -> Tensor:
@@ -55,17 +59,17 @@ def check_spacing(spacing: str) -> int | None:
 
 
 def space_timesteps(num_timesteps: int, num_steps: int, spacing: str = "even") -> Tensor:
-    """Choose the timesteps that a sampler visits.
+    """Choose the timesteps that a sampler visits, by their numbers alone.
 
     Args:
         num_timesteps: T.
         num_steps: S, in [1, T].
-        spacing: `even` takes S from 0 to T - 1, both included (improved-diffusion's "S", elsewhere
-            linspace). `leading` takes multiples of T // S from 0 on and so ends below T - 1;
-            `trailing` goes down from T - 1 by T / S and so ends above 0 (both Lin et al. 2023,
-            table 2). `ddimS` takes every i-th from 0 on, by the smallest i that gives S of them.
-            `10,15,20` takes that many evenly in equal sections of [0, T), S in all (both Nichol &
-            Dhariwal 2021, section 4, as in their code).
+        spacing: Any but `log_snr` (see `space_by_log_snr`). `even` takes S from 0 to T - 1, both
+            included (improved-diffusion's "S", elsewhere linspace). `leading` takes multiples of
+            T // S from 0 on and so ends below T - 1; `trailing` goes down from T - 1 by T / S and
+            so ends above 0 (both Lin et al. 2023, table 2). `ddimS` takes every i-th from 0 on, by
+            the smallest i that gives S of them. `10,15,20` takes that many evenly in equal sections
+            of [0, T), S in all (both Nichol & Dhariwal 2021, section 4, as in their code).
 
     Returns:
         int64 [S], increasing.
@@ -93,6 +97,42 @@ def space_timesteps(num_timesteps: int, num_steps: int, spacing: str = "even") -
     else:
         timesteps = _by_stride(num_timesteps, num_steps)
     return torch.from_numpy(timesteps)
+
+
+def space_by_log_snr(
+    alphas_cumprod: Tensor,
+    num_steps: int,
+    most: float | None = None,
+    least: float = _LEAST_LOG_SNR,
+) -> Tensor:
+    """Choose timesteps at even distances of log SNR (Lu et al. 2022a, section 3.4).
+
+    Args:
+        alphas_cumprod: Float64 [T], decreasing.
+        num_steps: S, in [1, T].
+        most: The first timestep is the last one that has this log SNR, or more; None takes the one
+            that `trailing` ends with.
+        least: All of a lower log SNR count as having this. The last timestep is T - 1 always.
+
+    Returns:
+        int64 [S], increasing.
+
+    Raises:
+        InputError: num_steps is out of range.
+    """
+    num_timesteps = len(alphas_cumprod)
+    first = int(space_timesteps(num_timesteps, num_steps, "trailing")[0])
+    alphas = alphas_cumprod.cpu().numpy()
+    with np.errstate(divide="ignore"):  # log SNR is -inf where nothing of x_0 is left
+        log_snr = np.log(alphas / (1 - alphas))
+    log_snr = log_snr.clip(least, log_snr[first] if most is None else most)
+    wanted = np.linspace(log_snr[0], log_snr[-1], num_steps)
+    chosen = np.searchsorted(-log_snr, -wanted, side="right") - 1
+    chosen[-1] = num_timesteps - 1
+    # Where the schedule is coarser than that, one has been chosen twice: take its neighbours.
+    count = np.arange(num_steps)
+    chosen = np.maximum.accumulate(chosen - count) + count
+    return torch.from_numpy(np.minimum(chosen, num_timesteps - num_steps + count))
 
 
 def _evenly(size: int, count: int) -> NDArray[np.int64]:

@@ -80,7 +80,7 @@ def make_sampler(
             `dpmpp_2m_sde` (DPM-Solver++, Lu et al. 2022), or `heun` (Karras et al. 2022).
         num_steps: Timesteps to visit.
         eta: DDIM's share of fresh noise, in [0, 1].
-        spacing: Which timesteps to visit (see `space_timesteps`).
+        spacing: Which timesteps to visit (see `space_timesteps` and `space_by_log_snr`).
         clip: How the predicted x_0 is clipped (see `clip_x_0`).
 
     Raises:

@@ -11,7 +11,12 @@ from torch import Tensor
 
 from ddpm_lightning.diffusion.clipping import Clip, clip_x_0
 from ddpm_lightning.diffusion.process import Process
-from ddpm_lightning.diffusion.timesteps import check_spacing, space_timesteps
+from ddpm_lightning.diffusion.timesteps import (
+    BY_LOG_SNR,
+    check_spacing,
+    space_by_log_snr,
+    space_timesteps,
+)
 from ddpm_lightning.errors import InputError
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -42,7 +47,7 @@ class Sampler(ABC):
 
     Args:
         num_steps: Timesteps to visit; None visits what the spacing or the sampler has by default.
-        spacing: Which timesteps those are (see `space_timesteps`).
+        spacing: Which timesteps those are (see `space_timesteps` and `space_by_log_snr`).
         clip: How the predicted x_0 is clipped at every step (see `clip_x_0`).
     """
 
@@ -88,8 +93,11 @@ class Sampler(ABC):
         Raises:
             InputError: The process has not so many, or not in this spacing.
         """
-        num_timesteps = process.num_timesteps
-        timesteps = space_timesteps(num_timesteps, self.count_steps(process), self.spacing)
+        num_timesteps, num_steps = process.num_timesteps, self.count_steps(process)
+        if self.spacing == BY_LOG_SNR:
+            timesteps = space_by_log_snr(process.alphas_cumprod, num_steps)
+        else:
+            timesteps = space_timesteps(num_timesteps, num_steps, self.spacing)
         return process if len(timesteps) == num_timesteps else process.respace(timesteps)
 
     def below(self, process: Process, t: int) -> tuple["Sampler", Process]:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ddpm_lightning.diffusion.timesteps import BY_LOG_SNR
 from ddpm_lightning.samplers.base import Denoise, Draw, Level, Solver
 
 
@@ -17,12 +18,12 @@ class DPMSolver2MSampler(Solver):
 
     Args:
         num_steps: Timesteps to visit; None visits 20, or all where there are fewer.
-        spacing: Which timesteps those are (see `space_timesteps`). `trailing` ends with a step of
-            the usual length; the step that `even` takes down to t = 0 is long in log-SNR.
+        spacing: Which timesteps those are (see `space_timesteps`). `log_snr` makes the steps equal
+            in what the method extrapolates in (see `space_by_log_snr`).
         clip: How the predicted x_0 is clipped (see `clip_x_0`).
     """
 
-    spacing: str = field(default="trailing", kw_only=True)
+    spacing: str = field(default=BY_LOG_SNR, kw_only=True)
 
     name: ClassVar[str] = "dpmpp_2m"
     default_num_steps: ClassVar[int | None] = 20
@@ -51,7 +52,7 @@ class DPMSolver2MSDESampler(Solver):
         clip: How the predicted x_0 is clipped (see `clip_x_0`).
     """
 
-    spacing: str = field(default="trailing", kw_only=True)
+    spacing: str = field(default=BY_LOG_SNR, kw_only=True)
 
     name: ClassVar[str] = "dpmpp_2m_sde"
     default_num_steps: ClassVar[int | None] = 20
