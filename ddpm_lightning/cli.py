@@ -9,6 +9,7 @@ import yaml
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy
 
 from ddpm_lightning.callbacks import (
     EMA,
@@ -199,6 +200,9 @@ class CLI(LightningCLI):
         with refusals_of("--trainer"):
             trainer = super().instantiate_trainer(**kwargs)
         check_strategy(trainer)
+        if isinstance(trainer.strategy, DDPStrategy):
+            # a gradient is then a part of what ranks exchange, and not a copy of it
+            trainer.strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
         return trainer
 
     def instantiate_classes(self) -> None:

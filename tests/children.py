@@ -30,6 +30,8 @@ class Seen(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         pl_module.net.register_forward_pre_hook(self._note)
+        if trainer.world_size > 1:
+            assert getattr(trainer.strategy.model, "gradient_as_bucket_view", False)
 
     def _note(self, net: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
         if net.training:
