@@ -83,6 +83,13 @@ def test_log_snr_falls_evenly_to_the_last_step_but_one(schedule: Schedule) -> No
         make_sampler("dpmpp_2m", 1001, spacing=BY_LOG_SNR).respace(process)
 
 
+@pytest.mark.filterwarnings("error")
+def test_log_snr_where_nothing_of_x_0_is_left() -> None:
+    alphas_cumprod = torch.tensor([0.9, 0.5, 0.1, 0.0], dtype=torch.float64)
+    assert space_by_log_snr(alphas_cumprod, 1).tolist() == [3]
+    assert space_by_log_snr(alphas_cumprod, 2).tolist() == [1, 3]
+
+
 @pytest.mark.parametrize(
     ("spacing", "num_steps", "told"),
     [

@@ -125,7 +125,9 @@ def space_by_log_snr(
     alphas = alphas_cumprod.cpu().numpy()
     with np.errstate(divide="ignore"):  # log SNR is -inf where nothing of x_0 is left
         log_snr = np.log(alphas / (1 - alphas))
-    log_snr = log_snr.clip(least, log_snr[first] if most is None else most)
+    if most is None:
+        most = max(log_snr[first], least)  # a single timestep is the last one
+    log_snr = log_snr.clip(least, most)
     wanted = np.linspace(log_snr[0], log_snr[-1], num_steps)
     chosen = np.searchsorted(-log_snr, -wanted, side="right") - 1
     chosen[-1] = num_timesteps - 1
