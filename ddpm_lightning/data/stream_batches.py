@@ -257,7 +257,7 @@ class StreamLoader(DataLoader[Batch]):
                 except StreamError as error:
                     failure = str(error)
                 self._is_waiting = False
-            except _WaitEnded:  # at any line above: nothing happens between them and the flag
+            except _WaitEnded:  # in whichever line above the signal came, that of the error too
                 failure = "a signal ended the wait for images of the stream"
             finally:
                 self._is_waiting = False
