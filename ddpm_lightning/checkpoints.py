@@ -231,7 +231,7 @@ def select_weights(
 
 
 MEMORY_ONLY = "net.init_args.checkpointing"
-"""Changes no number: a run that ran out of memory may go on with it."""
+"""Changes numbers by rounding alone: a run that ran out of memory may go on with it."""
 
 
 def check_same_model(checkpoint: dict[str, Any], ours: dict[str, Any], path: str | Path) -> None:

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from torch import nn
 
 from ddpm_lightning.checkpoints import check_same_model, describe
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.networks import lean
 from ddpm_lightning.networks.unet import Attention, Downsample, ResBlock, UNet, timestep_embedding
 
 CIFAR10 = (3, 3, 128, (1, 2, 2, 2), 2, (1,), 0.1)
@@ -180,10 +182,22 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(net(x, t), net(x, t))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointing_changes_memory_and_no_gradient(dropout: float) -> None:
-    """Both values, with dropout's masks drawn again from the same random state."""
-    arguments = (1, 1, 32, (1, 2), 1, (1,), dropout)
+@pytest.mark.parametrize(
+    ("dropout", "group_channels", "piece_values"),
+    [
+        (0.3, 4, 2**20),  # dropout's masks are drawn again from the same random state
+        (0.0, 4, 2**20),  # a layer's input is one piece
+        (0.0, 4, 2500),  # images are pieces
+        (0.0, 4, 1),  # rows are pieces
+        (0.0, 1, 700),  # groups with channels of both of a block's inputs
+    ],
+)
+def test_checkpointing_changes_memory_and_no_gradient(
+    monkeypatch: pytest.MonkeyPatch, dropout: float, group_channels: int, piece_values: int
+) -> None:
+    """Both values, by either way of saving memory."""
+    monkeypatch.setattr(lean, "_PIECE_VALUES", piece_values)
+    arguments = (1, 1, 32, (1, 2), 1, (1,), dropout, 0, group_channels)
     nets = [UNet(*arguments, checkpointing=value).double() for value in (False, True)]
     torch.manual_seed(0)
     for parameter in nets[0].parameters():
@@ -193,16 +207,22 @@ def test_checkpointing_changes_memory_and_no_gradient(dropout: float) -> None:
 
     kept = []
     for net in nets:
-        sizes: list[int] = []
+        parameters = {parameter.data_ptr() for parameter in net.parameters()}
+        sizes: dict[int, int] = {}  # of tensors that are there for the gradient alone
 
-        def keep(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
-            sizes.append(tensor.numel())
+        def keep(
+            tensor: torch.Tensor,
+            sizes: dict[int, int] = sizes,
+            parameters: set[int] = parameters,
+        ) -> torch.Tensor:
+            if tensor.data_ptr() not in parameters:
+                sizes[tensor.data_ptr()] = tensor.numel()
             return tensor
 
         torch.manual_seed(1)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = net(x, t).square().mean()
-        kept.append(sum(sizes))
+        kept.append(sum(sizes.values()))
         torch.rand(5)  # what is drawn between must not matter
         loss.backward()
     assert kept[1] < 0.5 * kept[0]
@@ -211,6 +231,24 @@ def test_checkpointing_changes_memory_and_no_gradient(dropout: float) -> None:
         torch.testing.assert_close(other.grad, plain.grad, rtol=0, atol=1e-12)
     with torch.no_grad():
         assert torch.equal(nets[0].eval()(x, t), nets[1].eval()(x, t))
+
+
+@pytest.mark.parametrize("way", ["autocast", "compiled"])
+def test_checkpointing_where_layers_cannot_work_in_pieces(way: str) -> None:
+    """Below float32, and where a compiler is to see what is done."""
+    nets = [UNet(1, 1, 32, (1, 2), 1, (), checkpointing=value) for value in (False, True)]
+    for parameter in nets[0].parameters():
+        nn.init.normal_(parameter, std=0.05)
+    nets[1].load_state_dict(nets[0].state_dict())
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
+    for net in nets:
+        run: Callable[..., torch.Tensor] = net
+        if way == "compiled":
+            run = torch.compile(net, backend="eager")
+        with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+            run(x, t).float().square().mean().backward()  # type: ignore[no-untyped-call]
+    for plain, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(other.grad, plain.grad)
 
 
 def test_a_run_may_go_on_with_checkpointing_and_not_with_another_network() -> None:

@@ -103,8 +103,8 @@ def _told_of_memory(job: Job, error: BaseException) -> str:
         f"out of memory at step {trainer.global_step} with --data.batch_size {data.batch_size} "
         f"({each} images at a time on each of {trainer.world_size} x "
         f"{trainer.strategy.root_device.type}): give {parts}more --trainer.devices (the same "
-        "result), --model.net.checkpointing true (the same, slower), a smaller --data.batch_size, "
-        f"or --trainer.precision bf16-mixed ({str(error)[:200]})"
+        "result), --model.net.checkpointing true (the same up to rounding, slower), a smaller "
+        f"--data.batch_size, or --trainer.precision bf16-mixed ({str(error)[:200]})"
     )
 
 

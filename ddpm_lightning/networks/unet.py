@@ -1,7 +1,7 @@
-"""The U-Net of Ho et al. 2020 (appendix B), all of it in this file."""
+"""The U-Net of Ho et al. 2020 (appendix B), all of it in this file; lean.py saves memory."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.networks.lean import lean_block, lean_output, lean_upsample
 
 NUM_GROUPS = 32
 GROUP_NORM_EPS = 1e-6  # the authors' tf.contrib default; torch's is 1e-5
@@ -89,6 +90,13 @@ class ResBlock(nn.Module):
         h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
         return shortcut + h
 
+    def lean(self, inputs: Sequence[Tensor], embedding: Tensor) -> Tensor:
+        """Map the parts of x as `forward` does without dropout."""
+        shortcut = self.shortcut if isinstance(self.shortcut, nn.Conv2d) else None
+        shift: Tensor = self.embed(embedding)
+        layers = (self.norm_1, self.conv_1, self.norm_2, self.conv_2, shortcut)
+        return lean_block(inputs, shift, *layers)
+
 
 class Attention(nn.Module):
     """Self-attention over pixels with a single head, added to its input."""
@@ -118,16 +126,18 @@ class Block(nn.Module):
         self.res = res
         self.attention = attention
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Map x [N, C_in, H, W] and the activated embedding [N, E] to [N, C_out, H, W]."""
-        x = self.res(x, embedding)
+    def forward(self, embedding: Tensor, *inputs: Tensor) -> Tensor:
+        """Map the activated embedding [N, E] and parts of x [N, C_in, H, W] to [N, C_out, H, W].
+
+        A copy of two parts as one is within the block, where checkpointing can forget it.
+        """
+        x: Tensor = self.res(inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1), embedding)
         return x if self.attention is None else self.attention(x)
 
-
-def _joined(block: Block, h: Tensor, skip: Tensor, embedding: Tensor) -> Tensor:
-    """Run a block on two inputs, whose joint copy is then within the block."""
-    output: Tensor = block(torch.cat([h, skip], dim=1), embedding)
-    return output
+    def lean(self, embedding: Tensor, *inputs: Tensor) -> Tensor:
+        """Do so without dropout."""
+        x = self.res.lean(inputs, embedding)
+        return x if self.attention is None else _checkpointed(self.attention, x)
 
 
 class Downsample(nn.Module):
@@ -157,6 +167,10 @@ class Upsample(nn.Module):
         output: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return output
 
+    def lean(self, x: Tensor) -> Tensor:
+        """Do so."""
+        return lean_upsample(x, self.conv)
+
 
 class UNet(nn.Module):
     """epsilon_theta: predicts the noise in x_t (Ho et al. 2020, appendix B).
@@ -182,7 +196,8 @@ class UNet(nn.Module):
             values as its channels ("space to depth"); 1 for the paper's network. With 2, a pass of
             the same width takes a quarter of the time.
         checkpointing: In training, keep each layer's input alone, and compute the rest again for
-            the gradient (Chen et al. 2016): less memory, more time, the same numbers.
+            the gradient (Chen et al. 2016): less memory, more time, the same numbers up to
+            rounding. Without dropout and in full precision most layers also work in pieces.
     """
 
     def __init__(
@@ -292,30 +307,37 @@ class UNet(nn.Module):
         h = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
         skips = [h]
         for layer in self.down:
-            inputs = (h, embedding) if isinstance(layer, Block) else (h,)
-            h = self._run(layer, *inputs)
+            h = self._run(layer, embedding, h) if isinstance(layer, Block) else self._run(layer, h)
             skips.append(h)
-        h = self._run(self.mid_1, h, embedding)
-        h = self._run(self.mid_2, h, embedding)
+        h = self._run(self.mid_1, embedding, h)
+        h = self._run(self.mid_2, embedding, h)
         for layer in self.up:
-            if isinstance(layer, Block):
-                h = self._run(_joined, layer, h, skips.pop(), embedding)
-            else:
-                h = self._run(layer, h)
-        return self._run(self._output, h)
+            is_block = isinstance(layer, Block)
+            h = self._run(layer, embedding, h, skips.pop()) if is_block else self._run(layer, h)
+        if self._is_lean(h):
+            h = lean_output(h, self.norm_out, self.conv_out)
+        else:
+            h = self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(h, self.patch_size)
 
-    def _output(self, h: Tensor) -> Tensor:
-        output: Tensor = self.conv_out(F.silu(self.norm_out(h)))
-        return F.pixel_shuffle(output, self.patch_size)
-
-    def _run(self, layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    def _run(self, layer: Any, *inputs: Tensor) -> Tensor:
         """Run a layer, keeping only its inputs for the gradient where that is asked for."""
-        if self.checkpointing and self.training and torch.is_grad_enabled():
-            # Recomputing stops at the last thing that is kept, which is before a convolution, so
-            # that no layer's last one is done again. Dropout's random state is restored.
-            kept: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
-            return kept
-        return layer(*inputs)
+        if self._is_lean(inputs[-1]) and hasattr(layer, "lean"):
+            output: Tensor = layer.lean(*inputs)
+        elif self._forgets():
+            output = _checkpointed(layer, *inputs)
+        else:
+            output = layer(*inputs)
+        return output
+
+    def _forgets(self) -> bool:
+        return self.checkpointing and self.training and torch.is_grad_enabled()
+
+    def _is_lean(self, h: Tensor) -> bool:
+        # half precision needs wider sums, and a compiler wants to see operations
+        is_wide = h.dtype in (torch.float32, torch.float64)
+        is_cast = torch.is_autocast_enabled(h.device.type) or torch.compiler.is_compiling()
+        return self._forgets() and self.dropout == 0 and is_wide and not is_cast
 
     def check_size(self, height: int, width: int) -> None:
         """Refuse a size that cannot be halved once per level, naming the nearest that can.
@@ -341,6 +363,13 @@ class UNet(nn.Module):
             f"by {factor}, got {height}x{width}; the nearest that work: height {nearest(height)}, "
             f"width {nearest(width)}"
         )
+
+
+def _checkpointed(layer: nn.Module, *inputs: Tensor) -> Tensor:
+    # Recomputing stops at the last thing that is kept, which is before a convolution, so that no
+    # layer's last one is done again. Dropout's random state is restored.
+    output: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
+    return output
 
 
 def _check(
