@@ -59,6 +59,13 @@ def test_a_forward_pass_is_counted() -> None:
     assert module.flops_per_image == 2 * 9 * 8 * 12  # nine products and sums for each pixel
 
 
+def test_a_forward_pass_is_counted_the_same_with_checkpointing() -> None:
+    modules = [tiny_module(UNet(checkpointing=value)) for value in (False, True)]
+    for module in modules:
+        module.check_images((1, 8, 8))
+    assert modules[0].flops_per_image == modules[1].flops_per_image > 0
+
+
 def test_utilisation_is_logged_where_the_peak_is_known(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -334,10 +334,12 @@ class UNet(nn.Module):
         return self.checkpointing and self.training and torch.is_grad_enabled()
 
     def _is_lean(self, h: Tensor) -> bool:
-        # half precision needs wider sums, and a compiler wants to see operations
-        is_wide = h.dtype in (torch.float32, torch.float64)
-        is_cast = torch.is_autocast_enabled(h.device.type) or torch.compiler.is_compiling()
-        return self._forgets() and self.dropout == 0 and is_wide and not is_cast
+        if not self._forgets() or self.dropout or torch.compiler.is_compiling():
+            return False  # a compiler wants to see the operations
+        # half precision would need wider sums
+        kind = h.device.type
+        is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return h.dtype in (torch.float32, torch.float64) and not is_cast
 
     def check_size(self, height: int, width: int) -> None:
         """Refuse a size that cannot be halved once per level, naming the nearest that can.
