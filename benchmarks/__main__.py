@@ -14,7 +14,7 @@ def main() -> None:
     """Measure each row in a process of its own, and keep it as soon as it is there."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--runs", type=int, default=5, help="rounds, where the row's time allows")
+    parser.add_argument("--runs", type=int, default=11, help="rounds, where the row's time allows")
     parser.add_argument("--full", action="store_true", help="the long rows too")
     options = parser.parse_args()
     names = options.rows or (ROWS if options.full else QUICK)

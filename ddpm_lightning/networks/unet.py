@@ -1,8 +1,7 @@
 """The U-Net of Ho et al. 2020 (appendix B), all of it in this file; lean.py saves memory."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -317,18 +316,18 @@ class UNet(nn.Module):
         if self._is_lean(h):
             h = lean_output(h, self.norm_out, self.conv_out)
         else:
-            h = self.conv_out(F.silu(self.norm_out(h)))
+            h = self._run(self._output, h)
         return F.pixel_shuffle(h, self.patch_size)
 
-    def _run(self, layer: Any, *inputs: Tensor) -> Tensor:
-        """Run a layer, keeping only its inputs for the gradient where that is asked for."""
-        if self._is_lean(inputs[-1]) and hasattr(layer, "lean"):
-            output: Tensor = layer.lean(*inputs)
-        elif self._forgets():
-            output = _checkpointed(layer, *inputs)
-        else:
-            output = layer(*inputs)
+    def _output(self, h: Tensor) -> Tensor:
+        output: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         return output
+
+    def _run(self, layer: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Run a layer, keeping only its inputs for the gradient where that is asked for."""
+        if isinstance(layer, Block | Upsample) and self._is_lean(inputs[-1]):
+            return layer.lean(*inputs)
+        return _checkpointed(layer, *inputs) if self._forgets() else layer(*inputs)
 
     def _forgets(self) -> bool:
         return self.checkpointing and self.training and torch.is_grad_enabled()
@@ -367,7 +366,7 @@ class UNet(nn.Module):
         )
 
 
-def _checkpointed(layer: nn.Module, *inputs: Tensor) -> Tensor:
+def _checkpointed(layer: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     # Recomputing stops at the last thing that is kept, which is before a convolution, so that no
     # layer's last one is done again. Dropout's random state is restored.
     output: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
