@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_NUM_PIECES = 16  # of a tensor, at most: more save nothing that counts beside whole tensors
-_PIECE_VALUES = 2**20  # at least: smaller ones take longer than they save memory
+# Of a tensor: more and smaller ones leave holes in the heap (docs/benchmarks.md).
+_NUM_PIECES = 16  # at most
+_PIECE_VALUES = 2**20  # of each, at least
 
 Tensors = Sequence[Tensor]
 
