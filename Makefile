@@ -17,7 +17,7 @@ fit: $(VENV)/installed  ## install, and train the default experiment (handwritte
 ablation: $(VENV)/installed  ## the paper's Table 2 on digits: six trainings, within an hour on two cores
 	@$(BIN)/python -m experiments.ablation
 
-test: $(VENV)/installed-test  ## the tests, without a network, in under 10 minutes on two cores
+test: $(VENV)/installed-test  ## the tests, without a network, in a quarter of an hour on two threads of a core
 	$(PYTEST) -n auto -m "not slow"
 
 test-slow: $(VENV)/installed-test  ## the rest: full-size networks and long runs

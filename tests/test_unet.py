@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -197,6 +198,8 @@ def test_checkpointing_changes_memory_and_no_gradient(
 ) -> None:
     """Both values, by either way of saving memory."""
     monkeypatch.setattr(lean, "_PIECE_VALUES", piece_values)
+    applied = mock.Mock(wraps=lean._apply)
+    monkeypatch.setattr(lean, "_apply", applied)
     arguments = (1, 1, 32, (1, 2), 1, (1,), dropout, 0, group_channels)
     nets = [UNet(*arguments, checkpointing=value).double() for value in (False, True)]
     torch.manual_seed(0)
@@ -226,6 +229,7 @@ def test_checkpointing_changes_memory_and_no_gradient(
         torch.rand(5)  # what is drawn between must not matter
         loss.backward()
     assert kept[1] < 0.5 * kept[0]
+    assert applied.called == (dropout == 0)
     for plain, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         assert plain.grad is not None and other.grad is not None
         torch.testing.assert_close(other.grad, plain.grad, rtol=0, atol=1e-12)
@@ -234,8 +238,11 @@ def test_checkpointing_changes_memory_and_no_gradient(
 
 
 @pytest.mark.parametrize("way", ["autocast", "compiled"])
-def test_checkpointing_where_layers_cannot_work_in_pieces(way: str) -> None:
+def test_checkpointing_where_layers_cannot_work_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
     """Below float32, and where a compiler is to see what is done."""
+    monkeypatch.setattr(lean, "_apply", None)  # nobody calls it
     nets = [UNet(1, 1, 32, (1, 2), 1, (), checkpointing=value) for value in (False, True)]
     for parameter in nets[0].parameters():
         nn.init.normal_(parameter, std=0.05)

@@ -57,12 +57,21 @@ def lean_block(
 
 def lean_output(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
     """Map x [N, C, H, W] to `conv(silu(norm(x)))`, [N, C_out, H, W]; the convolution is 3x3."""
-    return _apply(partial(_Output, norm), x, *_parameters(norm, conv))
+
+    def make(tensors: Tensors) -> _Single:
+        return _Single(_normed_convolution(tensors[:1], norm, tensors[1:]))
+
+    return _apply(make, x, *_parameters(norm, conv))
 
 
 def lean_upsample(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """Map x [N, C, H, W] to a 3x3 convolution of its doubled pixels, [N, C_out, 2H, 2W]."""
-    return _apply(_Upsampled, x, *_parameters(conv))
+
+    def make(tensors: Tensors) -> _Single:
+        x, weight, bias = tensors
+        return _Single(_Convolution([_Doubled(x)], weight, bias))
+
+    return _apply(make, x, *_parameters(conv))
 
 
 def _parameters(*layers: nn.Module) -> list[Tensor]:
@@ -129,11 +138,11 @@ class _Block:
         return _normed_convolution([between], self._norm_2, self._second)
 
 
-class _Output:
-    """See `lean_output`; its tensors are x and the layers' parameters."""
+class _Single:
+    """A convolution alone; its tensors are the input and the parameters."""
 
-    def __init__(self, norm: nn.GroupNorm, tensors: Tensors) -> None:
-        self._layer = _normed_convolution(tensors[:1], norm, tensors[1:])
+    def __init__(self, layer: "_Convolution") -> None:
+        self._layer = layer
 
     def forward(self) -> Tensor:
         return self._layer.forward()
@@ -141,14 +150,6 @@ class _Output:
     def backward(self, gradient: Tensor) -> Sequence[Tensor]:
         of_inputs, of_parameters = self._layer.backward(gradient)
         return [*of_inputs, *of_parameters]
-
-
-class _Upsampled(_Output):
-    """See `lean_upsample`; its tensors are x and the layer's parameters."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        x, weight, bias = tensors
-        self._layer = _Convolution([_Doubled(x)], weight, bias)
 
 
 class _Source(ABC):
