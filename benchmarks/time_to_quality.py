@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -178,10 +179,17 @@ def make_peer(name: str, num_steps: int = 1) -> Peer:
 
 
 def make_ours() -> OurStep:
-    """Make our step with the experiment's network and batch size, as `fit` takes it."""
+    """Make our step with the experiment's network, batch and optimizer, as `fit` takes it."""
     keep_freed_memory()
     options = yaml.safe_load(EXPERIMENT.read_text())
-    return OurStep(our_network(), fashion_pixels()[:512], options["data"]["batch_size"])
+    optimizer = options["model"]["optimizer"]
+    module, _, name = optimizer["class_path"].rpartition(".")
+    return OurStep(
+        our_network(),
+        fashion_pixels()[:512],
+        options["data"]["batch_size"],
+        optimizer=partial(getattr(import_module(module), name), **optimizer["init_args"]),
+    )
 
 
 def count_steps(folder: Path) -> dict[str, int]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.cli import OptimizerCallable
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -40,7 +41,7 @@ def write_images(folder: Path, pixels: NDArray[np.uint8]) -> Path:
 
 
 class OurStep:
-    """One training step: data, noise, loss, clipping, Adam, EMA, as `fit` takes it.
+    """One training step: data, noise, loss, clipping, optimizer, EMA, as `fit` takes it.
 
     Args:
         net: The network.
@@ -48,6 +49,7 @@ class OurStep:
         batch_size: Images in a step.
         device: Where the step is taken.
         dtype: The network's precision; below float32 by autocast.
+        optimizer: Makes it from the parameters.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class OurStep:
         batch_size: int,
         device: torch.device = CPU,
         dtype: torch.dtype = torch.float32,
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=2e-4),
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()  # images and their cache, to the end
         folder = Path(self._folder.name)
@@ -70,7 +73,7 @@ class OurStep:
         self._model = DDPM(net, schedule="linear").train().to(device)
         self._batches = iter(data.train_dataloader())
         self._parameters = list(net.parameters())
-        self._optimizer = torch.optim.Adam(self._parameters, lr=2e-4)
+        self._optimizer = optimizer(self._parameters)
         self._average = [parameter.detach().clone() for parameter in self._parameters]
 
     def __call__(self) -> None:

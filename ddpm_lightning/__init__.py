@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from ddpm_lightning.diffusion.process import Process
     from ddpm_lightning.diffusion.schedules import make_betas
     from ddpm_lightning.module import DDPM
+    from ddpm_lightning.muon import Muon
     from ddpm_lightning.networks.unet import UNet
 
-__all__ = ["DDPM", "ImageDataModule", "Process", "UNet", "__version__", "make_betas"]
+__all__ = ["DDPM", "ImageDataModule", "Muon", "Process", "UNet", "__version__", "make_betas"]
 
 try:
     __version__ = version("ddpm-lightning")
@@ -22,6 +23,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 _LAZY = {
     "DDPM": "ddpm_lightning.module",
     "ImageDataModule": "ddpm_lightning.data.datamodule",
+    "Muon": "ddpm_lightning.muon",
     "Process": "ddpm_lightning.diffusion.process",
     "UNet": "ddpm_lightning.networks.unet",
     "make_betas": "ddpm_lightning.diffusion.schedules",
