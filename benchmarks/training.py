@@ -70,7 +70,7 @@ class OurStep:
         data.prepare_data()
         self._device = device
         self._autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        self._model = DDPM(net, schedule="linear").train().to(device)
+        self._model = DDPM(net, schedule="linear", prediction="noise").train().to(device)
         self._batches = iter(data.train_dataloader())
         self._parameters = list(net.parameters())
         self._optimizer = optimizer(self._parameters)

@@ -84,7 +84,7 @@ class DDPM(Denoiser, LightningModule):
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
         zero_terminal_snr: bool = False,
-        prediction: Prediction = "noise",
+        prediction: Prediction = "v",
         variance: Variance = "fixed_large",
         loss: Loss = "simple",
         weighting: Weighting = "none",

@@ -42,7 +42,8 @@ class Row:
     def options(self) -> list[str]:
         """Give what `fit` needs to know of it."""
         overlay = OVERLAYS / f"{self.name}.yaml"  # the last row is what the overlays differ from
-        return ["--config", str(overlay)] if overlay.exists() else []
+        changes = ["--config", str(overlay)] if overlay.exists() else []
+        return ["--model.prediction=noise", *changes]
 
 
 ROWS = (

@@ -15,6 +15,7 @@ from ddpm_lightning.cli import CLI, _widen_output
 from ddpm_lightning.data.batches import Batch
 from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.module import DDPM
+from experiments.ablation import ROWS, Row
 from tests.command_line import run_here
 
 FOLDER = Path(__file__).parents[1] / "experiments"
@@ -166,6 +167,7 @@ def test_paper_experiment_has_the_papers_settings(
     ) == PAPER[name]
     assert model.optimizer.class_path == "torch.optim.Adam"
     assert (model.optimizer.init_args.betas, model.optimizer.init_args.eps) == ((0.9, 0.999), 1e-8)
+    assert (model.prediction, model.loss) == ("noise", "simple")
     assert (model.schedule, model.num_timesteps) == ("linear", 1000)
     assert (model.beta_start, model.beta_end) == (1e-4, 0.02)
     assert (model.lr_warmup_steps, config.trainer.gradient_clip_val) == (5000, 1.0)
@@ -198,6 +200,16 @@ def test_rows_of_table_2_differ_in_what_the_paper_says(
     assert config.as_dict() == {**base.as_dict(), "config": config.as_dict()["config"]}
 
 
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_the_ablation_on_digits_has_the_rows_of_table_2(
+    row: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ddpm_lightning", "fit", *row.options()])
+    model = ParsedOnly().config["fit"].model
+    name = "cifar10" if row.name == "noise_simple" else f"cifar10/{row.name}"
+    assert (model.prediction, model.loss, model.variance) == TABLE_2[name]
+
+
 @pytest.mark.parametrize("name", IMPROVED)
 def test_rows_of_improved_diffusion(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = parse(name, monkeypatch)
@@ -207,6 +219,7 @@ def test_rows_of_improved_diffusion(name: str, monkeypatch: pytest.MonkeyPatch) 
     # 1000 / T times the betas of T = 1000
     assert (model.num_timesteps, model.beta_start, model.beta_end) == (4000, 1e-4 / 4, 0.02 / 4)
     assert (model.lr_warmup_steps, config.trainer.gradient_clip_val) == (0, None)
+    assert model.prediction == "noise"
     assert (model.optimizer.init_args.lr, config.data.flip) == (1e-4, False)
 
 

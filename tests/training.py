@@ -71,6 +71,7 @@ def redraw(net: Net, seed: int = 0) -> Net:
 def tiny_module(net: nn.Module | None = None, **options: Any) -> DDPM:
     options = {
         "schedule": "linear",
+        "prediction": "noise",
         "num_timesteps": NUM_TIMESTEPS,
         "lr_warmup_steps": 2,
         "optimizer": lambda params: torch.optim.Adam(params, lr=1e-3),
