@@ -79,7 +79,7 @@ except AttributeError as error:
     print(error)
 from ddpm_lightning import make_betas
 assert "torch" in sys.modules and "lightning" not in sys.modules
-from ddpm_lightning import DDPM, ImageDataModule, Process, UNet
+from ddpm_lightning import DDPM, ImageDataModule, Muon, Process, UNet
 print(*sorted(set(ddpm_lightning.__all__) - set(globals())))
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
