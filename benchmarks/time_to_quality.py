@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -183,12 +183,11 @@ def make_ours() -> OurStep:
     keep_freed_memory()
     options = yaml.safe_load(EXPERIMENT.read_text())
     optimizer = options["model"]["optimizer"]
-    module, _, name = optimizer["class_path"].rpartition(".")
     return OurStep(
         our_network(),
         fashion_pixels()[:512],
         options["data"]["batch_size"],
-        optimizer=partial(getattr(import_module(module), name), **optimizer["init_args"]),
+        optimizer=partial(resolve_name(optimizer["class_path"]), **optimizer["init_args"]),
     )
 
 

@@ -40,6 +40,17 @@ def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(orthogonalize(1e-30 * matrix), found, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_keeps_them_bounded(shape: tuple[int, int]) -> None:
+    """Of a matrix whose singular values span eight orders of magnitude, too."""
+    u, s, v = torch.linalg.svd(randn(*shape), full_matrices=False)
+    spread = u @ torch.diag(torch.logspace(0, -8, len(s), dtype=torch.float64)) @ v
+    found = orthogonalize(spread.bfloat16())
+    assert found.dtype == torch.bfloat16
+    values = torch.linalg.svdvals(found.double())
+    assert 0.6 < values.max() < 1.3
+
+
 def test_zeros_stay_zeros() -> None:
     assert orthogonalize(torch.zeros(3, 5)).equal(torch.zeros(3, 5))
 
