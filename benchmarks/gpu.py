@@ -5,6 +5,7 @@ Not measured yet: it was written where there is no GPU, and run on a CPU with sm
 
 import argparse
 import sys
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ SHAPES = (
 )
 """Row, network, batch, size of the images, target."""
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
+PEER = "peer"
+WAYS = ("plain", "channels-last", "compiled")
+"""Of ours: by default, and with `fit`'s options of these names."""
 NUM_STEPS = 10
 """Between two waits for the device."""
 
@@ -40,22 +44,25 @@ def waiting(action: Action, times: int, device: torch.device) -> Action:
 
 
 def steps(
-    is_ours: bool,
+    way: str,
     arguments: tuple[Any, ...],
     batch_size: int,
     size: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Action:
-    """Make one side's training steps."""
+    """Make the training steps of PEER, or ours in one of WAYS."""
     net = UNet(*arguments)
     pixels = make_pixels(size, net.in_channels)
-    step: Action
-    if is_ours:
-        step = OurStep(net, pixels, batch_size, device, dtype)
-        never_waits(step, device)
-    else:
-        step = DiffusersStep(diffusers_unet(net), pixels, batch_size, device, dtype)
+    if way == PEER:
+        theirs = DiffusersStep(diffusers_unet(net), pixels, batch_size, device, dtype)
+        return waiting(theirs, NUM_STEPS, device)
+    if way == "channels-last":
+        net.to(memory_format=torch.channels_last)
+    if way == "compiled":
+        net.compile()
+    step = OurStep(net, pixels, batch_size, device, dtype)
+    never_waits(step, device)
     return waiting(step, NUM_STEPS, device)
 
 
@@ -65,7 +72,7 @@ def never_waits(step: Action, device: torch.device) -> None:
     Raises:
         RuntimeError: It does; the traceback says where.
     """
-    waiting(step, 3, device)()  # what is made once may wait
+    waiting(step, 3, device)()  # what is made once may wait, compilation too
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -86,6 +93,7 @@ def flops_of(arguments: tuple[Any, ...], batch_size: int, size: int) -> int:
 
 def training(
     name: str,
+    way: str,
     arguments: tuple[Any, ...],
     batch_size: int,
     size: int,
@@ -96,11 +104,11 @@ def training(
 ) -> Row:
     """Compare images a second of whole training steps with diffusers'."""
     rest = (arguments, batch_size, size, device, DTYPES[precision])
-    with own_process(steps, True, *rest) as ours, own_process(steps, False, *rest) as peer:
+    with own_process(steps, way, *rest) as ours, own_process(steps, PEER, *rest) as peer:
         rounds = alternate(lambda: ours(1), lambda: peer(1), runs)
-    what = f"training step against diffusers', batch {batch_size}, {precision}"
+    what = f"training step against diffusers', batch {batch_size}, {precision}, {way}"
     images = rates(rounds, NUM_STEPS * batch_size)
-    return make_row(f"{name}-gpu-{precision}", what, "images/s", images, "at least", target)
+    return make_row(f"{name}-gpu-{precision}-{way}", what, "images/s", images, "at least", target)
 
 
 def sampler_cost(device: torch.device, runs: int) -> Row:
@@ -128,9 +136,9 @@ def main() -> None:
     device = torch.device("cuda")
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}")
     for name, arguments, batch_size, size, target in SHAPES:
-        for precision in DTYPES:
+        for precision, way in product(DTYPES, WAYS):
             row = training(
-                name, arguments, batch_size, size, target, precision, device, options.runs
+                name, way, arguments, batch_size, size, target, precision, device, options.runs
             )
             tflops = row.ours / batch_size * flops_of(arguments, batch_size, size) / 1e12
             share = f", {tflops / options.peak_tflops:.1%}" if options.peak_tflops else ""

@@ -71,6 +71,9 @@ class DDPM(Denoiser, LightningModule):
         compile: Have torch compile the network for training (`net.compile()`, inductor), for
             minutes at the start. Meant for GPUs, where it has not been measured; on a CPU it gained
             nothing (docs/benchmarks.md).
+        channels_last: In training, keep each pixel's channels together in memory, as GPUs' matrix
+            units take them; the numbers are the same up to rounding. Meant for GPUs, where it has
+            not been measured; on a CPU it gained nothing.
         on_nonfinite: Whether a step whose loss or gradient is not finite stops training, at the
             next logging step or checkpoint, or is left out.
         seed: Keys t, noise and dropout in training.
@@ -95,6 +98,7 @@ class DDPM(Denoiser, LightningModule):
         lr_decay_steps: int = 0,
         image_shape: tuple[int, int, int] | None = None,
         compile: bool = False,
+        channels_last: bool = False,
         on_nonfinite: OnNonfinite = "stop",
         seed: int = 0,
     ) -> None:
@@ -126,6 +130,7 @@ class DDPM(Denoiser, LightningModule):
         self._step_loss = torch.zeros(())
         self._skips = on_nonfinite == "skip"
         self._compiles = compile
+        self._channels_last = channels_last
         self._optimizer = optimizer
         self._lr_warmup_steps = lr_warmup_steps
         self._lr_decay_steps = lr_decay_steps
@@ -286,6 +291,9 @@ class DDPM(Denoiser, LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None:
             self.check_images(data.image_shape)
+        if stage == "fit" and self._channels_last:
+            # first: the optimizer's state, the average and DDP's buckets take the weights' layout
+            self.net.to(memory_format=torch.channels_last)
         if stage == "fit" and self._compiles:
             _check_compiler()
             self.net.compile()  # in place: a compiled copy would give the weights other names
@@ -331,10 +339,16 @@ class DDPM(Denoiser, LightningModule):
         """Let the optimizer's options be those asked for, where a checkpoint brought others.
 
         Lightning restores options with the state: a new learning rate would silently be ignored.
+        The state's layout in memory is restored, too, and fused optimizers trust that it is the
+        weights'.
         """
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)
         optimizer = scheduler.optimizer
+        for weight, state in optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
         asked = self.make_optimizer()
         for group, options in zip(optimizer.param_groups, asked.param_groups, strict=True):
             group |= {key: value for key, value in options.items() if key != "params"}

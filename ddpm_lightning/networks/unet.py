@@ -111,7 +111,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x [N, C, H, W] to the same shape."""
         # [N, 3C, H, W] -> three of [N, 1 head, HW, C]; the scale is 1 / sqrt(C)
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+        pixels = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)
+        # torch's fast kernels, which never keep HW x HW values, want a pixel's channels together
+        q, k, v = pixels.contiguous().unsqueeze(1).chunk(3, dim=-1)
         h = F.scaled_dot_product_attention(q, k, v)
         output: Tensor = x + self.proj(h.squeeze(1).transpose(1, 2).reshape(x.shape))
         return output
