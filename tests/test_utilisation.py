@@ -122,7 +122,7 @@ class Train:
         module = tiny_module(
             redraw(UNet(1, 1, 32, (1, 1), 1, ())),
             channels_last=channels_last,
-            # Adam's steps would be of the rounding where gradients are zero; its square hides that
+            # where gradients are zero, Adam with its usual eps makes steps of their rounding
             optimizer=lambda params: torch.optim.Adam(params, lr=1e-3, eps=1e-3, fused=True),
         )
         callbacks = (EMA(0.9), Checkpoints(every_n_steps=0, keep_every_n_steps=3))
