@@ -1,5 +1,6 @@
 """Counting the network's arithmetic, compiling it, and its layout in memory."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -109,43 +110,36 @@ def test_compiling_needs_a_compiler(
         make_trainer(tmp_path, max_steps=1).fit(tiny_module(compile=True), make_data(pictures))
 
 
-class Train:
-    """Trains networks that are large enough for the layouts to differ, and names the checkpoint."""
-
-    def __init__(self, pictures: Path, folder: Path) -> None:
-        self._pictures, self._folder = pictures, folder
-        self.net: nn.Module
-
-    def __call__(
-        self, name: str, steps: int, channels_last: bool, resume: Path | None = None
-    ) -> Path:
-        module = tiny_module(
-            redraw(UNet(1, 1, 32, (1, 1), 1, ())),
-            channels_last=channels_last,
-            # where gradients are zero, Adam with its usual eps makes steps of their rounding
-            optimizer=lambda params: torch.optim.Adam(params, lr=1e-3, eps=1e-3, fused=True),
-        )
-        callbacks = (EMA(0.9), Checkpoints(every_n_steps=0, keep_every_n_steps=3))
-        trainer = make_trainer(self._folder / name, *callbacks, max_steps=steps)
-        trainer.fit(module, make_data(self._pictures), ckpt_path=resume)
-        self.net = module.net
-        return self._folder / name / f"checkpoints/step={steps}.ckpt"
+def train(
+    folder: Path, pictures: Path, channels_last: bool, resume: Path | None = None
+) -> tuple[Path, nn.Module, EMA]:
+    """Take six steps of a network that is large enough for the layouts to differ."""
+    module = tiny_module(
+        redraw(UNet(1, 1, 32, (1, 1), 1, ())),
+        channels_last=channels_last,
+        # where gradients are zero, Adam with its usual eps makes steps of their rounding
+        optimizer=lambda params: torch.optim.Adam(params, lr=1e-3, eps=1e-3, fused=True),
+    )
+    ema = EMA(0.9)
+    callbacks = (ema, Checkpoints(every_n_steps=0, keep_every_n_steps=3))
+    make_trainer(folder, *callbacks, max_steps=6).fit(module, make_data(pictures), ckpt_path=resume)
+    return folder / "checkpoints", module.net, ema
 
 
 def test_training_is_the_same_with_channels_last(pictures: Path, tmp_path: Path) -> None:
     """Of itself bit for bit, across a restart; of the plain layout up to rounding, in any mix."""
-    train = Train(pictures, tmp_path)
-    plain, last = train("plain", 6, False), train("last", 6, True)
-    assert is_channels_last(train.net)
-    assert_same_training(train("resumed", 6, True, tmp_path / "last/checkpoints/step=3.ckpt"), last)
-    for first in ("plain", "last"):
-        for then in (False, True):
-            start = tmp_path / first / "checkpoints/step=3.ckpt"
-            mixed = train(f"{first}, then {then}", 6, then, start)
-            assert is_channels_last(train.net) == then
-            assert largest_difference(mixed, plain) < 1e-6
+    whole = {kind: train(tmp_path / f"{kind}", pictures, kind)[0] for kind in (False, True)}
+    for first, then in product(whole, whole):
+        folder, start = tmp_path / f"{first}, then {then}", whole[first] / "step=3.ckpt"
+        mixed, net, ema = train(folder, pictures, then, start)
+        assert is_channels_last(net) == then
+        for weight, mean in zip(net.parameters(), ema.average, strict=True):
+            assert mean.stride() == weight.stride()
+        assert largest_difference(mixed / "step=6.ckpt", whole[False] / "step=6.ckpt") < 1e-6
+        if first == then:
+            assert_same_training(mixed / "step=6.ckpt", whole[then] / "step=6.ckpt")
     # who reads a checkpoint has the plain layout
-    assert not is_channels_last(DDPM.from_checkpoint(last).net)
+    assert not is_channels_last(DDPM.from_checkpoint(whole[True] / "step=6.ckpt").net)
 
 
 def is_channels_last(net: nn.Module) -> bool:

@@ -97,7 +97,8 @@ class EMA(Callback):
         for name, parameter in pl_module.net.named_parameters():
             value = self._restored.get(f"net.{name}", parameter.detach())
             dtype = torch.promote_types(parameter.dtype, torch.float32)
-            self._average[name] = value.to(parameter.device, dtype, copy=True)
+            # laid out as the parameter is, where a checkpoint's is not: mixed, updates are slow
+            self._average[name] = torch.empty_like(parameter, dtype=dtype).copy_(value)
         self._restored = {}
 
     # --- checkpoints ---------------------------------------------------------------------------
