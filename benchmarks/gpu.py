@@ -26,7 +26,7 @@ SHAPES = (
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
 PEER = "peer"
 WAYS = ("plain", "channels-last", "compiled")
-"""Of ours: by default, and with `fit`'s options of these names."""
+"""Of ours: as `fit` has it by default, with its option channels_last, and with compile."""
 NUM_STEPS = 10
 """Between two waits for the device."""
 
