@@ -79,6 +79,7 @@ class Denoiser(nn.Module):
         labels: Sequence[int] | None = None,
         guidance: float | None = None,
         guidance_rescale: float | None = None,
+        guide: "Denoiser | None" = None,
     ) -> Tensor:
         """Turn seeds into images.
 
@@ -91,6 +92,7 @@ class Denoiser(nn.Module):
             labels: The images' classes, one per seed; by default all in turn (see `labels_of`).
             guidance: See `Guidance`; 1, the conditional model, when None.
             guidance_rescale: See `Guidance`; 0 when None.
+            guide: See `denoise`.
 
         Returns:
             uint8 [N, C, H, W] on the CPU.
@@ -103,6 +105,7 @@ class Denoiser(nn.Module):
             batch_size,
             labels=self.labels_of(seeds) if labels is None else labels,
             guidance=make_guidance(guidance, guidance_rescale),
+            guide=guide,
         )
         return torch.cat([images.cpu() for images in batches])
 
@@ -122,6 +125,7 @@ class Denoiser(nn.Module):
         start: Start | None = None,
         labels: Sequence[int] | None = None,
         guidance: Guidance | None = None,
+        guide: "Denoiser | None" = None,
     ) -> Iterator[Tensor]:
         """Yield images batch by batch, uint8 [<= batch_size, C, H, W] on the module's device.
 
@@ -132,7 +136,8 @@ class Denoiser(nn.Module):
             after_step: Called after each step of a chain; what it raises ends the work.
             start: Where in the middle of the chain to start, one x_t per seed (see `denoise`).
             labels: The images' classes, one per seed; None tells the network none.
-            guidance: How strongly samples are drawn towards their classes.
+            guidance: How strongly samples are guided.
+            guide: See `denoise`.
 
         Raises:
             InputError: A sample is not finite; or see `denoise`.
@@ -143,7 +148,9 @@ class Denoiser(nn.Module):
             told = None if labels is None else labels[part]
             step = None
             # not `*_, last`: that keeps all the steps, a thousand batches of images
-            for step in self.denoise(seeds[part], sampler, start_of, told, guidance):  # noqa: B007
+            for step in self.denoise(  # noqa: B007
+                seeds[part], sampler, start_of, told, guidance, guide
+            ):
                 if after_step is not None:
                     after_step()
             assert step is not None
@@ -157,6 +164,7 @@ class Denoiser(nn.Module):
         start: Start | None = None,
         labels: Sequence[int] | None = None,
         guidance: Guidance | None = None,
+        guide: "Denoiser | None" = None,
     ) -> Iterator[Step]:
         """Run one batch of seeds through the reverse process, yielding every step of the chain.
 
@@ -168,16 +176,21 @@ class Denoiser(nn.Module):
             start: Where in the middle of the chain to start: the seeds give the noise of the steps
                 that are left. None starts from x_T, which is then the seeds' first draw.
             labels: The images' classes, one per seed; None tells the network none.
-            guidance: How strongly samples are drawn towards them; None is scale 1.
+            guidance: How strongly samples are drawn towards them, or away from the guide; None is
+                scale 1.
+            guide: A weaker model of the same images, in eval mode and on the same device, such as
+                this one's average at an earlier step (see `check_guide`); None is this model
+                without labels.
 
         Raises:
-            InputError: A seed or label is out of range, or the model was not trained for that.
+            InputError: A seed or label is out of range, the model was not trained for that, or the
+                guide is none of its kind.
         """
         if self.image_shape is None:
             raise InputError("image_shape is not known yet: give it to DDPM, or fit first")
         if not all(0 <= seed < NUM_SEEDS for seed in seeds):
             raise InputError(f"seeds must lie in 0..{NUM_SEEDS - 1}")
-        net = self._told(labels, guidance)
+        net = self._told(labels, guidance, guide)
         if labels is not None and len(labels) != len(seeds):
             raise InputError(f"labels: {len(labels)} of them for {len(seeds)} seeds")
         draw, process = self._draws(seeds, self.image_shape), self.process
@@ -196,24 +209,52 @@ class Denoiser(nn.Module):
         finally:
             self.net.train(was_training)
 
-    def check_guidance(self, guidance: Guidance | None) -> None:
-        """Refuse guidance that the model has not been trained for.
+    def check_guidance(self, guidance: Guidance | None, guide: "Denoiser | None" = None) -> None:
+        """Refuse guidance that the model has not been trained for, and a guide of another kind.
 
         Raises:
-            InputError: It knows no classes, or has never seen an image without a label.
+            InputError: See `check_guidance` of the samplers, and `check_guide`.
         """
-        check_guidance(guidance, self.num_classes, self.label_dropout)
+        check_guidance(guidance, self.num_classes, self.label_dropout, guide is not None)
+        if guide is not None:
+            self.check_guide(guide)
 
-    def _told(self, labels: Sequence[int] | None, guidance: Guidance | None) -> Network:
+    def check_guide(self, guide: "Denoiser") -> None:
+        """Refuse a guide whose output does not mean what the model's does.
+
+        Raises:
+            InputError: Its images, classes, prediction or schedule are others.
+        """
+        for name, theirs, ours in (
+            ("images of", guide.image_shape, self.image_shape),
+            ("num_classes", guide.num_classes, self.num_classes),
+            ("prediction", guide.process.prediction, self.process.prediction),
+        ):
+            if theirs != ours:
+                raise InputError(
+                    f"guide: has {name} {theirs}, but the model {ours}; take an earlier checkpoint "
+                    "of the same run, or a smaller model of the same kind"
+                )
+        pair = (guide.process.betas.cpu(), self.process.betas.cpu())
+        if pair[0].shape != pair[1].shape or not torch.equal(*pair):
+            raise InputError(
+                "guide: its schedule is not the model's; take an earlier checkpoint of the same run"
+            )
+
+    def _told(
+        self, labels: Sequence[int] | None, guidance: Guidance | None, guide: "Denoiser | None"
+    ) -> Network:
         """Give the network as it is for these labels."""
-        self.check_guidance(guidance)
-        if labels is None:
+        self.check_guidance(guidance, guide)
+        told = None
+        if labels is not None:
+            check_labels(labels, self.num_classes)
+            told = to_device(torch.tensor(labels, dtype=torch.int64), self.device)
+        elif guide is None:
             if guidance is not None:
                 raise InputError(f"guidance {guidance.scale:g}: needs labels")
             return self
-        check_labels(labels, self.num_classes)
-        told = to_device(torch.tensor(labels, dtype=torch.int64), self.device)
-        return Guided(self, told, guidance or Guidance())
+        return Guided(self, told, guidance or Guidance(), guide)
 
     def _draws(self, seeds: Sequence[int] | NDArray[np.uint64], shape: Sequence[int]) -> Draw:
         """Make the function whose k-th call gives the k-th draw of each seed."""

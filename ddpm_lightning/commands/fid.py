@@ -18,6 +18,7 @@ from ddpm_lightning.commands.subjects import (
     find_subjects,
 )
 from ddpm_lightning.commands.sweep import SweepFolder
+from ddpm_lightning.commands.told import open_guide
 from ddpm_lightning.commands.trainer import make_trainer
 from ddpm_lightning.commands.watching import Watcher, await_first_checkpoint
 from ddpm_lightning.errors import InputError
@@ -54,6 +55,7 @@ def fid(
     clip: Clip | None = None,
     guidance: str | None = None,
     guidance_rescale: float | None = None,
+    guide: str | None = None,
     out: str | None = None,
     batch_size: int = 64,
     watch: bool = False,
@@ -90,9 +92,10 @@ def fid(
         eta: Share of fresh noise for ddim, from 0 (deterministic, the default) to 1.
         spacing: Which timesteps those are, as `sample` has it.
         clip: What happens to the predicted x_0, as `sample` has it: static, dynamic or none.
-        guidance: How strongly samples are drawn towards their classes, such as 2 or 1,1.5,2; the
-            class of seed i is i modulo their number.
+        guidance: How strongly samples are drawn towards their classes, or away from what the guide
+            would make, such as 2 or 1,1.5,2; the class of seed i is i modulo their number.
         guidance_rescale: As `sample` has it.
+        guide: A weaker checkpoint that guides all others, as `sample` has it.
         out: The output folder; RUN/fid_sweep for checkpoints of one run, else fid_sweep beside the
             first subject.
         batch_size: Images at a time on each device.
@@ -120,7 +123,8 @@ def fid(
     if num_repeats < 1 or batch_size < 1:
         raise InputError("--num_repeats and --batch_size must be at least 1")
     guidances = make_guidances(guidance, guidance_rescale)
-    read = CheckpointReader(kinds, samplers, guidances)
+    opened = open_guide(guide, guidance)
+    read = CheckpointReader(kinds, samplers, guidances, opened)
     run = await_first_checkpoint(subjects) if watch else None
     found = find_subjects(subjects, read)
     count = settle_num_images(found, num_images, num_repeats, NUM_IMAGES)
@@ -135,13 +139,13 @@ def fid(
     if is_rank_zero():
         folder.claim()
     results = Results(folder, draws_each=watch)
-    rows = results.expect(make_rows(found, kinds, samplers, guidances))
+    rows = results.expect(make_rows(found, kinds, samplers, guidances, opened))
     watcher = None
     if run is not None:
         watcher = Watcher(
             run,
             lambda paths: results.expect(
-                make_rows([*map(read, paths)], kinds, samplers, guidances)
+                make_rows([*map(read, paths)], kinds, samplers, guidances, opened)
             ),
             [subject.path for subject in found],
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.commands.run_config import RunConfig
 from ddpm_lightning.commands.subjects import Checkpoint, StoredImages, Subject
+from ddpm_lightning.commands.told import Guide
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics.record import describe_guidance, describe_sampler, sampler_slug
 from ddpm_lightning.module import DDPM
@@ -69,18 +70,22 @@ class SampledRow(Row):
     weights: Weights
     sampler: Sampler
     guidance: Guidance | None = None
+    guide: Guide | None = None
 
     @property
     def name(self) -> str:
-        """Such as step=500-ema-ddim-50-guidance2."""
+        """Such as step=500-ema-ddim-50-guidance2-bystep=100."""
         words = [self.checkpoint.path.stem, self.weights, sampler_slug(self._sampler())]
         words += [] if self.guidance is None else self.guidance.words
+        words += [] if self.guide is None else [self.guide.word]
         return "-".join(words).replace(" ", "")
 
     @property
     def identity(self) -> list[Any]:
         """The checkpoint's content, the weights, the sampler, the guidance where there is some."""
-        told = [] if self._guidance == "none" else [self._guidance]
+        guide = None if self.guide is None else {"sha256": self.guide.sha256}  # wherever it lies
+        guidance = describe_guidance(self.guidance, self.checkpoint.num_classes, guide)
+        told = [] if guidance == "none" else [guidance]
         return [self.checkpoint.sha256, self.weights, self._sampler(), *told]
 
     @property
@@ -91,12 +96,14 @@ class SampledRow(Row):
     def open(self, device: torch.device, batch_size: int) -> Batches:
         """Load the model."""
         model = DDPM.from_checkpoint(self.checkpoint.path, self.weights).to(device)
+        guide = None if self.guide is None else self.guide.load(self.weights, model).to(device)
         return lambda seeds: model.batches(
             seeds,
             self.sampler,
             batch_size,
             labels=model.labels_of(seeds),
             guidance=self.guidance,
+            guide=guide,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -105,12 +112,12 @@ class SampledRow(Row):
             **describe_checkpoint(self.checkpoint, self.weights),
             "sampler": self._sampler(),
             "nfe": self.nfe,
-            "guidance": self._guidance,
+            "guidance": describe_guidance(
+                self.guidance,
+                self.checkpoint.num_classes,
+                None if self.guide is None else self.guide.describe(),
+            ),
         }
-
-    @property
-    def _guidance(self) -> dict[str, Any] | str:
-        return describe_guidance(self.guidance, self.checkpoint.num_classes)
 
     def _sampler(self) -> dict[str, Any]:
         return describe_sampler(self.sampler, self.sampler.count_steps(self.checkpoint.process))
@@ -182,6 +189,7 @@ def make_rows(
     weights: Sequence[Weights],
     samplers: Sequence[Sampler],
     guidances: Sequence[Guidance | None],
+    guide: Guide | None = None,
 ) -> list[Row]:
     """Combine each checkpoint with all else; images from the disk are one row."""
     rows: list[Row] = []
@@ -190,7 +198,7 @@ def make_rows(
             rows.append(StoredRow(subject))
         else:
             rows += [
-                SampledRow(subject, kind, sampler, guidance)
+                SampledRow(subject, kind, sampler, guidance, guide)
                 for kind in weights
                 for sampler in samplers
                 for guidance in guidances

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_lightning.checkpoints import Weights, file_sha256, load_checkpoint, select_weights
+from ddpm_lightning.commands.told import Guide
 from ddpm_lightning.data.batches import ImageSet
 from ddpm_lightning.data.cache import default_cache_dir, open_images
 from ddpm_lightning.data.image_folder import SUFFIXES, list_files, open_image_folder
@@ -94,6 +95,7 @@ class CheckpointReader:
         weights: Which weights each must have.
         samplers: What each must be able to sample with.
         guidances: How strongly each must be able to be guided.
+        guide: What must be able to guide each.
     """
 
     def __init__(
@@ -101,10 +103,12 @@ class CheckpointReader:
         weights: Sequence[Weights],
         samplers: Sequence[Sampler],
         guidances: Sequence[Guidance | None] = (),
+        guide: Guide | None = None,
     ) -> None:
         self._weights = weights
         self._samplers = samplers
         self._guidances = guidances
+        self._guide = guide
         self._models: dict[str, DDPM] = {}
 
     def __call__(self, path: Path) -> Checkpoint:
@@ -143,8 +147,12 @@ class CheckpointReader:
             raise InputError(f"{path}: does not say what shape its images have")
         for sampler in self._samplers:
             sampler.respace(model.process)  # refuses timesteps that there are not
-        for guidance in self._guidances:
-            model.check_guidance(guidance)
+        if self._guide is not None:
+            for weights in self._weights:
+                self._guide.load(weights, model)  # refuses models of another kind
+        else:
+            for guidance in self._guidances:
+                model.check_guidance(guidance)
         return model
 
 

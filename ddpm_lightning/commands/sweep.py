@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_lightning.commands.rows import Row
+from ddpm_lightning.commands.told import Guide
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import write_atomically
 from ddpm_lightning.metrics.record import (
@@ -138,6 +139,7 @@ class SweepFolder:
             **dict(zip(("weights", "sampler", "num_steps"), settings_of(subject), strict=True)),
             **{key: subject.get("sampler", {}).get(key, "") for key in ("eta", "spacing", "clip")},
             **{_GUIDANCE[key]: value for key, value in guidance_of(subject).items()},
+            **({"guide": str(guide.path)} if (guide := guide_of(subject)) else {}),
             "nfe": subject.get("nfe", ""),
             "num_images": record["num_images"],
             "num_repeats": count,
@@ -175,6 +177,15 @@ def guidance_of(subject: dict[str, Any]) -> dict[str, float]:
     return {} if guidance == "none" else {key: guidance[key] for key in _GUIDANCE}
 
 
+def guide_of(subject: dict[str, Any]) -> Guide | None:
+    """Give which checkpoint guided samples; None, where none did."""
+    guidance = subject.get("guidance", "none")
+    if guidance == "none" or "guide" not in guidance:
+        return None
+    guide = guidance["guide"]
+    return Guide(Path(guide["path"]), guide["sha256"], guide["step"])
+
+
 def short_names(paths: Sequence[str]) -> list[str]:
     """Leave out of paths the folders that they all have in common, and .ckpt."""
     parents = {str(Path(path).absolute().parent) for path in paths}
@@ -192,4 +203,6 @@ def settings_of(subject: dict[str, Any], with_guidance: bool = True) -> list[str
         return ["", "", ""]
     words = [sampler["name"], *unusual_options(sampler)]
     words += Guidance(**guidance_of(subject)).words if with_guidance else []
+    if guide := guide_of(subject):
+        words.append(guide.word)
     return [subject["weights"], " ".join(words), str(sampler["num_steps"])]

@@ -80,11 +80,20 @@ def describe_sampler(sampler: Sampler, num_steps: int) -> dict[str, Any]:
     return {"name": sampler.name, **asdict(sampler), "num_steps": num_steps}
 
 
-def describe_guidance(guidance: Guidance | None, num_classes: int) -> dict[str, Any] | str:
-    """Describe what samples were told, seed i's class being i modulo `num_classes`."""
-    if not num_classes:
+def describe_guidance(
+    guidance: Guidance | None, num_classes: int, guide: dict[str, Any] | None = None
+) -> dict[str, Any] | str:
+    """Describe what samples were told, seed i's class being i modulo `num_classes`.
+
+    Args:
+        guidance: How strongly they were guided.
+        num_classes: How many classes there are, if any.
+        guide: By which checkpoint, if by one.
+    """
+    if not num_classes and guide is None:
         return "none"
-    return {"labels": f"seed modulo {num_classes}", **asdict(guidance or Guidance())}
+    labels = {"labels": f"seed modulo {num_classes}"} if num_classes else {}
+    return labels | asdict(guidance or Guidance()) | ({} if guide is None else {"guide": guide})
 
 
 def unusual_options(sampler: dict[str, Any]) -> list[str]:
