@@ -46,6 +46,8 @@ BATCH_SIZE, LEARNING_RATE = 32, 5e-4
 """Of the peers."""
 NUM_SAMPLES, NUM_EVALUATIONS = 1000, 50
 BATCH_OF_SAMPLES = 100
+GUIDE, GUIDANCE, GUIDED_SAMPLER = "step=650.ckpt", 2, "dpmpp_2m_sde"
+"""How docs/fashion.md samples ours: half of the evaluations are those of an early checkpoint."""
 EDGE = 2
 """Black pixels on each side of the images that peers see."""
 NUM_TIMED, NUM_TURNS = 10, 6
@@ -227,7 +229,7 @@ def train_peer(name: str, num_steps: int, out: Path) -> None:
 
 
 def train_ours(num_steps: int, out: Path) -> Path:
-    """Run `fit` with our experiment, and name its checkpoint."""
+    """Run `fit` with our experiment, and name the folder of its checkpoints."""
     run = out / OURS
     _command(
         "fit",
@@ -237,7 +239,7 @@ def train_ours(num_steps: int, out: Path) -> Path:
         f"--run_dir={run}",
         "--ckpt_path=auto",
     )
-    return run / "checkpoints/last.ckpt"
+    return run / "checkpoints"
 
 
 def distances(folder: Path = FOLDER) -> dict[str, float]:
@@ -252,16 +254,18 @@ def distances(folder: Path = FOLDER) -> dict[str, float]:
         if not any(folder.glob(f"{name}-*.npz")):
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 pool.submit(train_peer, name, steps[name], folder).result()
-    sampler = yaml.safe_load(EXPERIMENT.read_text())["samples"]["sampler"]
+    checkpoints = train_ours(steps[OURS], folder)
     _command(
         "fid",
-        str(train_ours(steps[OURS], folder)),
+        str(checkpoints / "last.ckpt"),
         *map(str, sorted(folder.glob("*.npz"))),
         f"--reference={write_reference(folder / 'reference')}",
         f"--extractor={EXTRACTOR}",
         f"--num_images={NUM_SAMPLES}",
-        f"--sampler={sampler}",
-        f"--num_steps={NUM_EVALUATIONS}",
+        f"--sampler={GUIDED_SAMPLER}",
+        f"--num_steps={NUM_EVALUATIONS // 2}",
+        f"--guide={checkpoints / GUIDE}",
+        f"--guidance={GUIDANCE}",
         f"--out={folder / 'judged'}",
     )
     found: dict[str, float] = {}

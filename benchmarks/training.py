@@ -90,11 +90,31 @@ class OurStep:
         torch._foreach_lerp_(self._average, parameters, 1e-4)
 
 
-def our_step(arguments: tuple[Any, ...], batch_size: int, size: int) -> OurStep:
-    """Make this project's side; `fit` too changes how memory is freed."""
+def our_step(
+    arguments: tuple[Any, ...],
+    batch_size: int,
+    size: int,
+    channels_last: bool = False,
+    fused: bool | None = None,
+) -> OurStep:
+    """Make this project's side; `fit` too changes how memory is freed.
+
+    Args:
+        arguments: The network's.
+        batch_size: Images in a step.
+        size: Of the images.
+        channels_last: As `fit --model.channels_last`.
+        fused: As `fit --model.optimizer.fused`.
+    """
     keep_freed_memory()
     net = UNet(*arguments)
-    return OurStep(net, make_pixels(size, net.in_channels), batch_size)
+    if channels_last:
+        net.to(memory_format=torch.channels_last)
+
+    def adam(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam(params, lr=2e-4, fused=fused)
+
+    return OurStep(net, make_pixels(size, net.in_channels), batch_size, optimizer=adam)
 
 
 def diffusers_step(arguments: tuple[Any, ...], batch_size: int, size: int) -> DiffusersStep:
@@ -113,9 +133,10 @@ def _compare(
     target: float,
     runs: int,
     budget: float,
+    *options: bool,
 ) -> Row:
     with (
-        own_process(our_step, arguments, batch_size, size) as ours,
+        own_process(our_step, arguments, batch_size, size, *options) as ours,
         own_process(diffusers_step, arguments, batch_size, size) as peer,
     ):
         rounds = alternate(lambda: ours(steps), lambda: peer(steps), runs, budget)
@@ -125,11 +146,14 @@ def _compare(
 
 def train_small(runs: int, budget: float) -> Row:
     """Compare whole training steps of a network that a CPU trains."""
-    what = "training step against diffusers', 28x28, 32-64-64 channels, batch 64"
-    return _compare("train-small", what, SMALL, 64, 28, 3, 1.4, runs, budget)
+    what = "training step (Adam fused) against diffusers', 28x28, 32-64-64 channels, batch 64"
+    return _compare("train-small", what, SMALL, 64, 28, 3, 1.4, runs, budget, False, True)
 
 
 def train_large(runs: int, budget: float) -> Row:
     """Compare whole training steps of the paper's network."""
-    what = "training step against diffusers', the paper's CIFAR-10 network, batch 16"
-    return _compare("train-large", what, CIFAR10, 16, 32, 1, 1.2, runs, budget)
+    what = (
+        "training step (channels_last, Adam fused) against diffusers', the paper's CIFAR-10 "
+        "network, batch 16"
+    )
+    return _compare("train-large", what, CIFAR10, 16, 32, 1, 1.2, runs, budget, True, True)

@@ -9,7 +9,14 @@ from torch import nn
 from ddpm_lightning.checkpoints import check_same_model, describe
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.networks import lean
-from ddpm_lightning.networks.unet import Attention, Downsample, ResBlock, UNet, timestep_embedding
+from ddpm_lightning.networks.unet import (
+    Attention,
+    Downsample,
+    Dropout,
+    ResBlock,
+    UNet,
+    timestep_embedding,
+)
 
 CIFAR10 = (3, 3, 128, (1, 2, 2, 2), 2, (1,), 0.1)
 PIXELS_256 = (3, 3, 128, (1, 1, 2, 2, 4, 4), 2, (4,), 0.0)
@@ -169,6 +176,36 @@ def test_patches_need_sizes_that_they_divide() -> None:
 def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         UNet(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.75])
+def test_dropout_is_torchs_but_for_the_draws(p: float, dtype: torch.dtype) -> None:
+    ours, theirs = Dropout(p), nn.Dropout(p)
+    x = torch.rand(4, 64, 32, 32, dtype=dtype).add_(0.5).requires_grad_()
+    outputs = []
+    for layer in (ours, theirs):
+        torch.manual_seed(1)
+        outputs.append(layer(x))
+    kept = outputs[0] != 0
+    # what is kept is scaled as torch's is, and so is the gradient
+    both = kept & (outputs[1] != 0)
+    torch.testing.assert_close(outputs[0][both], outputs[1][both])
+    (gradient,) = torch.autograd.grad(outputs[0].float().sum(), x)
+    torch.testing.assert_close(gradient * x, outputs[0])
+    # every place is dropped as often as any other: within 5 standard deviations
+    for parts in (kept.flatten()[None], kept.movedim(1, 0).flatten(1)):
+        shares = 1 - parts.double().mean(dim=1)
+        assert ((shares - p).abs() <= 5 * math.sqrt(p * (1 - p) / parts.shape[1])).all()
+    torch.manual_seed(1)
+    assert torch.equal(ours(x), outputs[0])  # keyed by the seed,
+    assert p == 0 or not torch.equal(ours(x), outputs[0])  # and drawn anew each time
+    assert ours.eval()(x) is x
+
+
+def test_dropout_keeps_the_layout() -> None:
+    x = torch.rand(2, 8, 4, 4).to(memory_format=torch.channels_last)
+    assert Dropout(0.5)(x).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_dropout_acts_in_training_only() -> None:
