@@ -9,8 +9,11 @@ from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
 from ddpm_lightning.__main__ import main
 from tests.training import command_line
@@ -91,6 +94,20 @@ def run_here(cwd: Path, *arguments: object) -> Result:
     return Result(status, out.getvalue(), err.getvalue())
 
 
+def run_well(cwd: Path, *arguments: object) -> Result:
+    """Run a command in this process, and see that it ends well."""
+    result = run_here(cwd, *arguments)
+    assert result.status == 0, result.err
+    return result
+
+
+def grey_pixels(path: Path) -> Tensor:
+    """Read a grey image that a command has written, uint8 [1, H, W]."""
+    with Image.open(path) as image:
+        assert image.mode == "L"
+        return torch.from_numpy(np.array(image))[None]
+
+
 def heed_interrupts() -> None:
     """Undo, in a new process, that a shell lets what it starts in its background ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -120,8 +137,7 @@ def run_process(cwd: Path, *arguments: object) -> Result:
 def train(folder: Path, source: Path) -> Path:
     """Train the tiny network for ten steps by folder/tiny.yaml; gives the run's folder."""
     (folder / "tiny.yaml").write_text(TINY.format(source=source))
-    result = run_here(folder, "fit", "--config", "tiny.yaml")
-    assert result.status == 0, result.err
+    run_well(folder, "fit", "--config", "tiny.yaml")
     return folder / "runs" / "tiny" / "1"
 
 

@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ddpm_lightning import DDPM, UNet
@@ -15,7 +13,7 @@ from ddpm_lightning.checkpoints import file_sha256
 from ddpm_lightning.diffusion.process import Prediction
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.samplers import DDIMSampler, Guidance, Guided, HeunSampler
-from tests.command_line import TINY, Result, run_here
+from tests.command_line import TINY, grey_pixels, run_here, run_well
 from tests.training import redraw, tiny_module
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
@@ -141,12 +139,6 @@ def test_guide_of_other_images_is_refused_and_so_is_one_of_no_strength() -> None
 # --- the command line ----------------------------------------------------------------------------
 
 
-def run(cwd: Path, *arguments: object) -> Result:
-    result = run_here(cwd, *arguments)
-    assert result.status == 0, result.err
-    return result
-
-
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     """A folder with a run of ten steps, and one that predicts something else."""
@@ -154,18 +146,13 @@ def here(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     folder.mkdir()
     (folder / "tiny.yaml").write_text(TINY.format(source=pictures))
     fit = ("fit", "--config", "tiny.yaml", "--samples.every_n_steps", 0)
-    run(folder, *fit, "--run_dir", "run")
-    run(folder, *fit, "--run_dir", "noise", "--model.prediction", "noise", "--ema.decay", 0)
+    run_well(folder, *fit, "--run_dir", "run")
+    run_well(folder, *fit, "--run_dir", "noise", "--model.prediction", "noise", "--ema.decay", 0)
     return folder
 
 
 CKPT = "run/checkpoints/step=10.ckpt"
 GUIDE = "run/checkpoints/step=5.ckpt"
-
-
-def pixels(path: Path) -> Tensor:
-    with Image.open(path) as image:
-        return torch.from_numpy(np.array(image))[None]
 
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])
@@ -175,14 +162,14 @@ def test_sample(here: Path, tmp_path: Path, weights: str) -> None:
     assert not torch.equal(expected, model.sample(range(4), DDIMSampler(4)))
     command: tuple[object, ...] = ("sample", CKPT, "--sampler", "ddim", "--num_steps", 4)
     command += ("--accelerator", "cpu", "--weights", weights, "--out", tmp_path / "out")
-    run(here, *command, "--seeds", "0-3", "--guide", GUIDE, "--guidance", 3)
-    found = torch.stack([pixels(tmp_path / "out" / f"00000{i}.png") for i in range(4)])
+    run_well(here, *command, "--seeds", "0-3", "--guide", GUIDE, "--guidance", 3)
+    found = torch.stack([grey_pixels(tmp_path / "out" / f"00000{i}.png") for i in range(4)])
     assert torch.equal(found, expected)
     settings = json.loads((tmp_path / "out/settings.json").read_text())
     assert settings["guidance"] == {"scale": 3.0, "rescale": 0.0}
     assert settings["guide"] == file_sha256(here / GUIDE)
     # more of the same may be added, others not
-    run(here, *command, "--seeds", "4", "--guide", GUIDE, "--guidance", 3)
+    run_well(here, *command, "--seeds", "4", "--guide", GUIDE, "--guidance", 3)
     other = run_here(here, *command, "--seeds", "5", "--guide", CKPT, "--guidance", 3)
     assert other.status == 2
     assert "holds samples with guide" in other.err
@@ -190,7 +177,7 @@ def test_sample(here: Path, tmp_path: Path, weights: str) -> None:
 
 def test_folder_is_named_by_the_guide(here: Path) -> None:
     options = ("--num_images", 2, "--num_steps", 2, "--accelerator", "cpu")
-    result = run(here, "sample", CKPT, *options, "--guide", GUIDE, "--guidance", 2)
+    result = run_well(here, "sample", CKPT, *options, "--guide", GUIDE, "--guidance", 2)
     assert "run/generated/step=10-ema-ddpm-2-guidance2-bystep=5\n" in result.out
 
 
@@ -198,7 +185,7 @@ def test_fid_judges_what_is_guided(here: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     command: tuple[object, ...] = ("fid", CKPT, "--extractor", "tests.extractors.Small")
     command += ("--num_images", 6, "--num_steps", 2, "--accelerator", "cpu", "--out", out)
-    result = run(here, *command, "--guide", GUIDE, "--guidance", "1,2.5")
+    result = run_well(here, *command, "--guide", GUIDE, "--guidance", "1,2.5")
     rows = json.loads((out / "sweep.json").read_text())["rows"]
     guide = {"path": GUIDE, "sha256": file_sha256(here / GUIDE), "step": 5}
     told = [(row["subject"]["guidance"], row["subject"]["nfe"]) for row in rows]
@@ -213,7 +200,7 @@ def test_fid_judges_what_is_guided(here: Path, tmp_path: Path) -> None:
     assert (cells["guidance"], cells["guide"]) == ("1.0", GUIDE)
     assert (out / "sweep.png").exists()
     # without one, what is judged is the model alone
-    run(here, *command)
+    run_well(here, *command)
     (row,) = json.loads((out / "sweep.json").read_text())["rows"]
     assert row["subject"]["guidance"] == "none"
     assert row["metrics"] == rows[0]["metrics"]

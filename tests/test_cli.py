@@ -14,9 +14,9 @@ from ddpm_lightning import DDPM
 from tests.command_line import (
     TINY,
     TINY_OPTIONS,
-    Result,
     run_here,
     run_process,
+    run_well,
     start_process,
     train,
     tree,
@@ -40,12 +40,6 @@ def here(tmp_path: Path, pictures: Path) -> Path:
     folder.mkdir()
     (folder / "tiny.yaml").write_text(TINY.format(source=pictures))
     return folder
-
-
-def run_well(cwd: Path, *arguments: object) -> Result:
-    result = run_here(cwd, *arguments)
-    assert result.status == 0, result.err
-    return result
 
 
 def files(run: Path) -> set[str]:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from ddpm_lightning import DDPM, UNet
@@ -26,7 +25,7 @@ from ddpm_lightning.samplers import (
     make_guidance,
 )
 from ddpm_lightning.samplers.guidance import rescaled
-from tests.command_line import TINY, Result, run_here
+from tests.command_line import TINY, grey_pixels, run_here, run_well
 from tests.training import (
     Recorder,
     assert_same_training,
@@ -286,12 +285,6 @@ def test_grid_has_a_row_for_each_class() -> None:
 # --- the command line ----------------------------------------------------------------------------
 
 
-def run(cwd: Path, *arguments: object) -> Result:
-    result = run_here(cwd, *arguments)
-    assert result.status == 0, result.err
-    return result
-
-
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory, labelled: Path) -> Path:
     """A folder with a conditional run, one without label dropout, and one without classes."""
@@ -311,26 +304,21 @@ def here(tmp_path_factory: pytest.TempPathFactory, labelled: Path) -> Path:
     judged += ("--fid.extractor", "tests.extractors.Small", "--fid.guidance", 3)
     classes = ("--model.net.num_classes", 2)
     options = ("--samples.guidance", 2, "--samples.every_n_steps", 5, "--samples.num_images", 5)
-    told = run(folder, *fit, *classes, *options, *judged, "--run_dir", "run")
+    told = run_well(folder, *fit, *classes, *options, *judged, "--run_dir", "run")
     assert "classes: 0 dark, 1 light\n" in told.out
-    run(folder, *fit, *classes, "--model.label_dropout", 0, "--run_dir", "sure")
-    run(folder, *fit, "--run_dir", "plain")
+    run_well(folder, *fit, *classes, "--model.label_dropout", 0, "--run_dir", "sure")
+    run_well(folder, *fit, "--run_dir", "plain")
     return folder
 
 
 CKPT = "run/checkpoints/last.ckpt"
 
 
-def pixels(path: Path) -> Tensor:
-    with Image.open(path) as image:
-        return torch.from_numpy(np.array(image))[None]
-
-
 def test_callbacks_draw_and_judge_by_class(here: Path) -> None:
     model = DDPM.from_checkpoint(here / CKPT)
     expected = model.sample(range(5), DDIMSampler(2), guidance=2)
     grid = make_class_grid(expected, [0, 1, 0, 1, 0])
-    difference = (pixels(here / "run/samples/step=5.png").int() - grid.int()).abs()
+    difference = (grey_pixels(here / "run/samples/step=5.png").int() - grid.int()).abs()
     assert difference.max() <= 1
     subject = json.loads((here / "run/fid/step=5-ema.json").read_text())["subject"]
     assert subject["guidance"] == {"labels": "seed modulo 2", "scale": 3.0, "rescale": 0.0}
@@ -347,7 +335,7 @@ def test_sample(here: Path, tmp_path: Path) -> None:
         ("d", ("--guidance", 2, "--guidance_rescale", 0.7), [0, 1, 0, 1, 0], Guidance(2, 0.7)),
         ("e", ("--guidance", 0), [0, 1, 0, 1, 0], Guidance(0)),
     ):
-        run(here, "sample", CKPT, *steps, *options, "--out", tmp_path / name)
+        run_well(here, "sample", CKPT, *steps, *options, "--out", tmp_path / name)
         expected = model.sample(
             range(5),
             DDIMSampler(4),
@@ -355,9 +343,9 @@ def test_sample(here: Path, tmp_path: Path) -> None:
             guidance=guidance.scale,
             guidance_rescale=guidance.rescale,
         )
-        found = torch.stack([pixels(tmp_path / name / f"00000{i}.png") for i in range(5)])
+        found = torch.stack([grey_pixels(tmp_path / name / f"00000{i}.png") for i in range(5)])
         assert torch.equal(found, expected)
-        grid = pixels(tmp_path / name / "grid.png")
+        grid = grey_pixels(tmp_path / name / "grid.png")
         assert torch.equal(grid, make_class_grid(expected, labels))
         settings = json.loads((tmp_path / name / "settings.json").read_text())
         in_turn = labels[:3] if name == "c" else labels[: 1 if name == "b" else 2]
@@ -365,14 +353,14 @@ def test_sample(here: Path, tmp_path: Path) -> None:
         assert settings["guidance"] == {"scale": guidance.scale, "rescale": guidance.rescale}
     # more of the same may be added, others not
     more = ("sample", CKPT, *steps[:-1], "5-6", "--out", tmp_path / "c", "--labels", "1,0-1")
-    run(here, *more, "--guidance", 2)
+    run_well(here, *more, "--guidance", 2)
     assert run_here(here, *more, "--guidance", 3).status == 2
 
 
 def test_folder_is_named_by_labels_and_guidance(here: Path) -> None:
     options = ("--num_images", 2, "--num_steps", 2, "--accelerator", "cpu", "--format", "npz")
     told = ("--labels", 1, "--guidance", 1.5, "--guidance_rescale", 0.5, "--gif")
-    result = run(here, "sample", CKPT, *options, *told)
+    result = run_well(here, "sample", CKPT, *options, *told)
     folder = here / "run/generated/step=5-ema-ddpm-2-labels1-guidance1.5-rescale0.5"
     assert str(folder.relative_to(here)) in result.out
     with np.load(folder / "samples.npz") as file:
@@ -391,7 +379,7 @@ def test_fid_sweeps_guidance(here: Path, tmp_path: Path) -> None:
         6,
     )
     command += ("--num_steps", 2, "--accelerator", "cpu", "--out", out)
-    result = run(here, *command, "--guidance", "1,2.5", "--guidance_rescale", 0.7)
+    result = run_well(here, *command, "--guidance", "1,2.5", "--guidance_rescale", 0.7)
     rows = json.loads((out / "sweep.json").read_text())["rows"]
     told = [(row["subject"]["guidance"]["scale"], row["subject"]["nfe"]) for row in rows]
     assert told == [(1.0, 2), (2.5, 4)]
@@ -404,20 +392,20 @@ def test_fid_sweeps_guidance(here: Path, tmp_path: Path) -> None:
     assert (cells["guidance"], cells["guidance_rescale"]) == ("1.0", "0.7")
     assert (out / "sweep.png").exists()
     # without any, what is judged is the conditional model, a row of its own beside these
-    run(here, *command)
+    run_well(here, *command)
     (row,) = json.loads((out / "sweep.json").read_text())["rows"]
     assert row["subject"]["guidance"] == {"labels": "seed modulo 2", "scale": 1.0, "rescale": 0.0}
 
 
 def test_other_commands_tell_no_label(here: Path, labelled: Path, tmp_path: Path) -> None:
     out = ("--num_images", 2, "--num_steps", 3, "--accelerator", "cpu", "--out", tmp_path / "r.png")
-    run(here, "reconstruct", CKPT, labelled, *out)
+    run_well(here, "reconstruct", CKPT, labelled, *out)
     result = run_here(
         here, "reconstruct", "sure/checkpoints/last.ckpt", labelled, *out[:-1], tmp_path / "s.png"
     )
     assert result.status == 2
     assert "label_dropout 0" in result.err
-    result = run(here, "validate", "--config", "run/config.yaml", "--ckpt_path", CKPT)
+    result = run_well(here, "validate", "--config", "run/config.yaml", "--ckpt_path", CKPT)
     assert "val/loss" in result.out
 
 
@@ -481,7 +469,7 @@ def test_refused_by_the_library(here: Path) -> None:
 def test_checkpoints_of_version_2_load_and_go_on(here: Path) -> None:
     again: tuple[object, ...] = ("fit", "--config", "tiny.yaml", "--model.net.base_channels", 64)
     as_was = ("--model.net.group_channels", 1)
-    run(here, *again, *as_was, "--trainer.max_steps", 5, "--run_dir", "as was")
+    run_well(here, *again, *as_was, "--trainer.max_steps", 5, "--run_dir", "as was")
     written = "as was/checkpoints/last.ckpt"
     checkpoint = load(here / written)
     checkpoint["format_version"] = 2
@@ -501,6 +489,6 @@ def test_checkpoints_of_version_2_load_and_go_on(here: Path) -> None:
     assert result.status == 2
     assert "give --model.net.init_args.group_channels 1" in result.err
     for name, path in (("from old", "old.ckpt"), ("from new", written)):
-        run(here, *again, *as_was, "--ckpt_path", path, "--run_dir", name)
+        run_well(here, *again, *as_was, "--ckpt_path", path, "--run_dir", name)
     last = "checkpoints/last.ckpt"
     assert_same_training(here / "from old" / last, here / "from new" / last)

@@ -23,7 +23,7 @@ from ddpm_lightning.samplers import (
     HeunSampler,
     Sampler,
 )
-from tests.command_line import Result, run_here, start_process, train, tree
+from tests.command_line import Result, grey_pixels, run_here, run_well, start_process, train, tree
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -44,21 +44,12 @@ def here(tmp_path: Path) -> Path:
 
 
 def sample(cwd: Path, *arguments: object) -> Result:
-    result = run_here(cwd, "sample", *arguments, "--accelerator", "cpu")
-    assert result.status == 0, result.err
-    return result
-
-
-def pixels(path: Path) -> torch.Tensor:
-    """A grey picture as uint8 [1, H, W]."""
-    with Image.open(path) as image:
-        assert image.mode == "L"
-        return torch.from_numpy(np.array(image))[None]
+    return run_well(cwd, "sample", *arguments, "--accelerator", "cpu")
 
 
 def images(folder: Path) -> dict[int, torch.Tensor]:
     """The pictures of a folder by their seeds."""
-    return {int(path.stem): pixels(path) for path in sorted(folder.glob("[0-9]*.png"))}
+    return {int(path.stem): grey_pixels(path) for path in sorted(folder.glob("[0-9]*.png"))}
 
 
 def test_pictures_are_named_by_their_seeds(here: Path, checkpoint: Path) -> None:
@@ -75,7 +66,7 @@ def test_pictures_are_named_by_their_seeds(here: Path, checkpoint: Path) -> None
         "batch_size": 2,
     }
     stacked = torch.stack(list(images(here / "out").values()))
-    assert torch.equal(pixels(here / "out/grid.png"), make_grid(stacked))
+    assert torch.equal(grey_pixels(here / "out/grid.png"), make_grid(stacked))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +141,7 @@ def test_npz(here: Path, checkpoint: Path) -> None:
     found = images(here / "png")
     for index, seed in enumerate(seeds.tolist()):
         assert np.array_equal(array[index], found[seed].permute(1, 2, 0).numpy())
-    assert torch.equal(pixels(here / "npz/grid.png"), pixels(here / "png/grid.png"))
+    assert torch.equal(grey_pixels(here / "npz/grid.png"), grey_pixels(here / "png/grid.png"))
 
     # a finished one is left as it is
     before = tree(here)
@@ -169,7 +160,7 @@ def test_gif_ends_in_the_grid(here: Path, checkpoint: Path) -> None:
         last = torch.from_numpy(np.array(gif.convert("L")))[None]
         gif.seek(0)
         assert not np.array_equal(np.array(gif.convert("L")), last[0].numpy())
-    assert torch.equal(last, pixels(here / "out/grid.png"))
+    assert torch.equal(last, grey_pixels(here / "out/grid.png"))
     for value in ("true", "false"):
         sample(here, checkpoint, "--gif", value, "--num_images", 1, "--out", value)
         assert (here / value / "denoising.gif").exists() == (value == "true")
