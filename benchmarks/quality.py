@@ -91,7 +91,7 @@ def few_step(num_evaluations: int, target: float) -> Row:
     found = distances(RUN)
     sampler, distance = best(found, num_evaluations)
     what = (
-        f"distance of {NUM_IMAGES:,} Fashion-MNIST samples, {num_evaluations} evaluations "
+        f"distance of {NUM_IMAGES:,} Fashion-MNIST samples, at most {num_evaluations} evaluations "
         f"({sampler}), against {NUM_ANCESTRAL} ancestral steps"
     )
     pair = (distance, found[ANCESTRAL, NUM_ANCESTRAL])

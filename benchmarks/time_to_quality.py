@@ -46,7 +46,7 @@ BATCH_SIZE, LEARNING_RATE = 32, 5e-4
 """Of the peers."""
 NUM_SAMPLES, NUM_EVALUATIONS = 1000, 50
 BATCH_OF_SAMPLES = 100
-GUIDE, GUIDANCE, GUIDED_SAMPLER = "step=650.ckpt", 2, "dpmpp_2m_sde"
+GUIDE, GUIDANCE, GUIDED_SAMPLER = "step=650.ckpt", 2, "dpmpp_2m"
 """How docs/fashion.md samples ours: half of the evaluations are those of an early checkpoint."""
 EDGE = 2
 """Black pixels on each side of the images that peers see."""
