@@ -284,8 +284,8 @@ def _row(name: str, what: str, peers: tuple[str, ...], target: float) -> Row:
     found = distances()
     peer = min(peers, key=found.__getitem__)
     text = (
-        f"distance of {NUM_SAMPLES:,} Fashion-MNIST samples with {NUM_EVALUATIONS} evaluations, "
-        f"after {SECONDS / 60:g} minutes of training, against {what} ({peer})"
+        f"distance of {NUM_SAMPLES:,} Fashion-MNIST samples with {NUM_EVALUATIONS} evaluations "
+        f"(ours guided), after {SECONDS / 60:g} minutes of training, against {what} ({peer})"
     )
     return make_row(name, text, "FD", [(found[OURS], found[peer])], "at most", target)
 

@@ -133,10 +133,10 @@ def _compare(
     target: float,
     runs: int,
     budget: float,
-    *options: bool,
+    channels_last: bool,
 ) -> Row:
     with (
-        own_process(our_step, arguments, batch_size, size, *options) as ours,
+        own_process(our_step, arguments, batch_size, size, channels_last, True) as ours,
         own_process(diffusers_step, arguments, batch_size, size) as peer,
     ):
         rounds = alternate(lambda: ours(steps), lambda: peer(steps), runs, budget)
@@ -147,7 +147,7 @@ def _compare(
 def train_small(runs: int, budget: float) -> Row:
     """Compare whole training steps of a network that a CPU trains."""
     what = "training step (Adam fused) against diffusers', 28x28, 32-64-64 channels, batch 64"
-    return _compare("train-small", what, SMALL, 64, 28, 3, 1.4, runs, budget, False, True)
+    return _compare("train-small", what, SMALL, 64, 28, 3, 1.4, runs, budget, False)
 
 
 def train_large(runs: int, budget: float) -> Row:
@@ -156,4 +156,4 @@ def train_large(runs: int, budget: float) -> Row:
         "training step (channels_last, Adam fused) against diffusers', the paper's CIFAR-10 "
         "network, batch 16"
     )
-    return _compare("train-large", what, CIFAR10, 16, 32, 1, 1.2, runs, budget, True, True)
+    return _compare("train-large", what, CIFAR10, 16, 32, 1, 1.2, runs, budget, True)

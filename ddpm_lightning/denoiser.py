@@ -90,7 +90,7 @@ class Denoiser(nn.Module):
             num_steps: Timesteps to visit, for a sampler given by name; None is its default.
             batch_size: Images at a time.
             labels: The images' classes, one per seed; by default all in turn (see `labels_of`).
-            guidance: See `Guidance`; 1, the conditional model, when None.
+            guidance: See `Guidance`; 1, the model alone, when None, which no guide takes.
             guidance_rescale: See `Guidance`; 0 when None.
             guide: See `denoise`.
 
@@ -99,12 +99,15 @@ class Denoiser(nn.Module):
         """
         if not isinstance(sampler, Sampler):
             sampler = make_sampler(sampler, num_steps)
+        made = make_guidance(guidance, guidance_rescale)
+        if guide is not None and guidance is None:
+            made = None  # a scale of 1 would not heed the guide
         batches = self.batches(
             seeds,
             sampler,
             batch_size,
             labels=self.labels_of(seeds) if labels is None else labels,
-            guidance=make_guidance(guidance, guidance_rescale),
+            guidance=made,
             guide=guide,
         )
         return torch.cat([images.cpu() for images in batches])
@@ -168,7 +171,7 @@ class Denoiser(nn.Module):
     ) -> Iterator[Step]:
         """Run one batch of seeds through the reverse process, yielding every step of the chain.
 
-        The network is in eval mode meanwhile. No global random state is read or changed.
+        The networks are in eval mode meanwhile. No global random state is read or changed.
 
         Args:
             seeds: One per image.
@@ -177,10 +180,9 @@ class Denoiser(nn.Module):
                 that are left. None starts from x_T, which is then the seeds' first draw.
             labels: The images' classes, one per seed; None tells the network none.
             guidance: How strongly samples are drawn towards them, or away from the guide; None is
-                scale 1.
-            guide: A weaker model of the same images, in eval mode and on the same device, such as
-                this one's average at an earlier step (see `check_guide`); None is this model
-                without labels.
+                scale 1, and is refused where there is a guide.
+            guide: A weaker model of the same images, on the same device, such as this one's average
+                at an earlier step (see `check_guide`); None is this model without labels.
 
         Raises:
             InputError: A seed or label is out of range, the model was not trained for that, or the
@@ -202,12 +204,14 @@ class Denoiser(nn.Module):
             def draw() -> Tensor:
                 return given.pop() if given else fresh()
 
-        was_training = self.net.training
-        self.net.eval()
+        modes = [(module, module.training) for module in (self.net, guide and guide.net) if module]
+        for module, _ in modes:
+            module.eval()
         try:
             yield from sampler(net, process, draw)
         finally:
-            self.net.train(was_training)
+            for module, was_training in modes:
+                module.train(was_training)
 
     def check_guidance(self, guidance: Guidance | None, guide: "Denoiser | None" = None) -> None:
         """Refuse guidance that the model has not been trained for, and a guide of another kind.
@@ -223,12 +227,13 @@ class Denoiser(nn.Module):
         """Refuse a guide whose output does not mean what the model's does.
 
         Raises:
-            InputError: Its images, classes, prediction or schedule are others.
+            InputError: Its images, classes, outputs or schedule are others.
         """
         for name, theirs, ours in (
             ("images of", guide.image_shape, self.image_shape),
             ("num_classes", guide.num_classes, self.num_classes),
             ("prediction", guide.process.prediction, self.process.prediction),
+            ("learned variances", guide.process.learns_variance, self.process.learns_variance),
         ):
             if theirs != ours:
                 raise InputError(

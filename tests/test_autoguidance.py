@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ddpm_lightning import DDPM, UNet
 from ddpm_lightning.checkpoints import file_sha256
+from ddpm_lightning.commands.told import open_guide
 from ddpm_lightning.diffusion.process import Prediction
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.samplers import DDIMSampler, Guidance, Guided, HeunSampler
@@ -101,6 +102,18 @@ def test_samples_are_functions_of_seed_and_guide() -> None:
     assert not torch.equal(heun, model.sample(range(2), HeunSampler(4)))
 
 
+def test_modes_are_as_before_and_do_not_matter() -> None:
+    def made(seed: int) -> DDPM:
+        return tiny_module(redraw(UNet(1, 1, 64, (1,), 1, (), 0.5), seed), image_shape=(1, 8, 8))
+
+    model, guide = made(0).eval(), made(1).train()
+    state = torch.get_rng_state()
+    first, second = (model.sample([1], DDIMSampler(3), guidance=2, guide=guide) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(state, torch.get_rng_state())
+    assert (model.net.training, guide.net.training) == (False, True)
+
+
 def test_labels_reach_both() -> None:
     model, guide = (model_of(seed, K, label_dropout=0.0) for seed in (0, 1))
     # neither has seen an image without a label, which guidance by a guide does not need
@@ -110,6 +123,11 @@ def test_labels_reach_both() -> None:
     )
     assert torch.equal(ones, guide.sample(range(3), DDIMSampler(3), labels=[1] * 3))
     assert not torch.equal(ones, twos)
+    heard: list[Tensor] = []
+    for module in (model, guide):
+        module.net.register_forward_hook(lambda _, inputs, __: heard.append(inputs[2]))
+    model.sample(range(3), DDIMSampler(2), labels=[2, 0, 1], guidance=2, guide=guide)
+    assert [labels.tolist() for labels in heard] == [[2, 0, 1]] * 4
 
 
 @pytest.mark.parametrize(
@@ -119,6 +137,10 @@ def test_labels_reach_both() -> None:
         ({"schedule": "cosine"}, "guide: its schedule is not the model's"),
         ({"num_timesteps": 21}, "guide: its schedule is not the model's"),
         ({"num_classes": K}, "guide: has num_classes 3, but the model 0"),
+        (
+            {"variance": "learned", "loss": "hybrid", "channels": 2},
+            "guide: has learned variances True, but the model False",
+        ),
     ],
 )
 def test_guide_of_another_kind_is_refused(options: dict[str, object], told: str) -> None:
@@ -131,6 +153,8 @@ def test_guide_of_other_images_is_refused_and_so_is_one_of_no_strength() -> None
     model, guide = model_of(0), model_of(1)
     with pytest.raises(InputError, match="guide: say how strongly it guides"):
         model.sample([0], DDIMSampler(2), guide=guide)
+    with pytest.raises(InputError, match="guide: say how strongly it guides"):
+        model.sample([0], DDIMSampler(2), guidance_rescale=0.7, guide=guide)
     guide.image_shape = (1, 16, 16)
     with pytest.raises(InputError, match=r"guide: has images of \(1, 16, 16\), but the model"):
         model.sample([0], DDIMSampler(2), guidance=2, guide=guide)
@@ -146,7 +170,7 @@ def here(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     folder.mkdir()
     (folder / "tiny.yaml").write_text(TINY.format(source=pictures))
     fit = ("fit", "--config", "tiny.yaml", "--samples.every_n_steps", 0)
-    run_well(folder, *fit, "--run_dir", "run")
+    run_well(folder, *fit, "--run_dir", "run", "--trainer.max_steps", 15)
     run_well(folder, *fit, "--run_dir", "noise", "--model.prediction", "noise", "--ema.decay", 0)
     return folder
 
@@ -170,15 +194,18 @@ def test_sample(here: Path, tmp_path: Path, weights: str) -> None:
     assert settings["guide"] == file_sha256(here / GUIDE)
     # more of the same may be added, others not
     run_well(here, *command, "--seeds", "4", "--guide", GUIDE, "--guidance", 3)
-    other = run_here(here, *command, "--seeds", "5", "--guide", CKPT, "--guidance", 3)
-    assert other.status == 2
-    assert "holds samples with guide" in other.err
+    (tmp_path / "other.ckpt").write_bytes((here / "run/checkpoints/step=15.ckpt").read_bytes())
+    for options in (("--guide", tmp_path / "other.ckpt", "--guidance", 3), ()):
+        other = run_here(here, *command, "--seeds", "5", *options)
+        assert other.status == 2
+        assert "holds samples with guid" in other.err
 
 
 def test_folder_is_named_by_the_guide(here: Path) -> None:
     options = ("--num_images", 2, "--num_steps", 2, "--accelerator", "cpu")
     result = run_well(here, "sample", CKPT, *options, "--guide", GUIDE, "--guidance", 2)
-    assert "run/generated/step=10-ema-ddpm-2-guidance2-bystep=5\n" in result.out
+    sha256 = file_sha256(here / GUIDE)
+    assert f"run/generated/step=10-ema-ddpm-2-guidance2-bystep=5-{sha256[:6]}\n" in result.out
 
 
 def test_fid_judges_what_is_guided(here: Path, tmp_path: Path) -> None:
@@ -187,23 +214,62 @@ def test_fid_judges_what_is_guided(here: Path, tmp_path: Path) -> None:
     command += ("--num_images", 6, "--num_steps", 2, "--accelerator", "cpu", "--out", out)
     result = run_well(here, *command, "--guide", GUIDE, "--guidance", "1,2.5")
     rows = json.loads((out / "sweep.json").read_text())["rows"]
-    guide = {"path": GUIDE, "sha256": file_sha256(here / GUIDE), "step": 5}
+    sha256 = file_sha256(here / GUIDE)
+    guide = {"path": GUIDE, "sha256": sha256, "step": 5}
     told = [(row["subject"]["guidance"], row["subject"]["nfe"]) for row in rows]
-    assert told == [
-        ({"scale": 1.0, "rescale": 0.0, "guide": guide}, 2),
-        ({"scale": 2.5, "rescale": 0.0, "guide": guide}, 4),
-    ]
+    # at scale 1 there is nothing to guide
+    assert told == [("none", 2), ({"scale": 2.5, "rescale": 0.0, "guide": guide}, 4)]
     assert len({row["metrics"]["fd_Small"] for row in rows}) == 2
-    assert "ddim guidance 2.5 by step=5" in result.out
-    head, first, _ = (out / "sweep.csv").read_text().splitlines()
-    cells = dict(zip(head.split(","), first.split(","), strict=True))
-    assert (cells["guidance"], cells["guide"]) == ("1.0", GUIDE)
+    assert f"ddim guidance 2.5 by step=5-{sha256[:6]}" in result.out
+    head, _, last = (out / "sweep.csv").read_text().splitlines()
+    cells = dict(zip(head.split(","), last.split(","), strict=True))
+    assert (cells["guidance"], cells["guide"]) == ("2.5", GUIDE)
     assert (out / "sweep.png").exists()
-    # without one, what is judged is the model alone
+    # what has been judged is not judged again: without a guide, and with the same one elsewhere
+    judged = sorted((out / "records").iterdir())
     run_well(here, *command)
     (row,) = json.loads((out / "sweep.json").read_text())["rows"]
-    assert row["subject"]["guidance"] == "none"
-    assert row["metrics"] == rows[0]["metrics"]
+    assert row == rows[0]
+    moved = tmp_path / "step=5.ckpt"
+    moved.write_bytes((here / GUIDE).read_bytes())
+    run_well(here, *command, "--guide", moved, "--guidance", "2.5")
+    assert sorted((out / "records").iterdir()) == judged
+    # the guide itself is not guided
+    run_well(here, *command, "--guide", CKPT, "--guidance", "2.5")
+    assert json.loads((out / "sweep.json").read_text())["rows"] == [row]
+    assert sorted((out / "records").iterdir()) == judged
+    # another one under the same name is another row
+    moved.write_bytes((here / "run/checkpoints/step=15.ckpt").read_bytes())
+    run_well(here, *command, "--guide", moved, "--guidance", "2.5")
+    (other,) = json.loads((out / "sweep.json").read_text())["rows"]
+    assert other["metrics"] not in [row["metrics"] for row in rows]
+    assert len(list((out / "records").iterdir())) == len(judged) + 1
+
+
+def test_fid_guides_each_of_the_weights_by_its_own(here: Path, tmp_path: Path) -> None:
+    command: tuple[object, ...] = ("fid", CKPT, "--extractor", "tests.extractors.Small")
+    command += ("--num_images", 6, "--num_steps", 2, "--accelerator", "cpu", "--guide", GUIDE)
+    run_well(here, *command, "--guidance", 2, "--weights", "ema,raw", "--out", tmp_path / "both")
+    rows = json.loads((tmp_path / "both/sweep.json").read_text())["rows"]
+    assert [row["subject"]["weights"] for row in rows] == ["ema", "raw"]
+    for row in rows:
+        weights = row["subject"]["weights"]
+        out = tmp_path / weights
+        run_well(here, *command, "--guidance", 2, "--weights", weights, "--out", out)
+        assert json.loads((out / "record.json").read_text())["metrics"] == row["metrics"]
+    assert rows[0]["metrics"] != rows[1]["metrics"]
+
+
+def test_a_guide_that_changes_is_noticed(here: Path, tmp_path: Path) -> None:
+    guide = tmp_path / "last.ckpt"
+    guide.write_bytes((here / GUIDE).read_bytes())
+    opened = open_guide(str(guide), 2)
+    assert opened is not None
+    model = DDPM.from_checkpoint(here / CKPT)
+    opened.load("ema", model)
+    guide.write_bytes((here / CKPT).read_bytes())
+    with pytest.raises(InputError, match=r"last\.ckpt: has changed since it was first read"):
+        opened.load("ema", model)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +277,7 @@ def test_fid_judges_what_is_guided(here: Path, tmp_path: Path) -> None:
     [
         (f"sample {CKPT} --guide {GUIDE}", f"--guide {GUIDE}: say how strongly, such as --guidanc"),
         (f"fid {CKPT} --guide {GUIDE}", f"--guide {GUIDE}: say how strongly, such as --guidance 2"),
+        (f"sample {CKPT} --guide {CKPT} --guidance 2", f"--guide {CKPT}: is the checkpoint itself"),
         (f"sample {CKPT} --guide none.ckpt --guidance 2", "none.ckpt: no such checkpoint file"),
         (f"sample {CKPT} --guide tiny.yaml --guidance 2", "tiny.yaml: not a whole checkpoint"),
         (

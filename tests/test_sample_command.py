@@ -64,6 +64,8 @@ def test_pictures_are_named_by_their_seeds(here: Path, checkpoint: Path) -> None
         "weights": "ema",
         "sampler": {"name": "ddpm", "num_steps": 20, "spacing": "even", "clip": "static"},
         "batch_size": 2,
+        "guidance": None,
+        "guide": None,
     }
     stacked = torch.stack(list(images(here / "out").values()))
     assert torch.equal(grey_pixels(here / "out/grid.png"), make_grid(stacked))

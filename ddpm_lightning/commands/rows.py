@@ -198,12 +198,22 @@ def make_rows(
             rows.append(StoredRow(subject))
         else:
             rows += [
-                SampledRow(subject, kind, sampler, guidance, guide)
+                SampledRow(subject, kind, sampler, *_guided(subject, guidance, guide))
                 for kind in weights
                 for sampler in samplers
                 for guidance in guidances
             ]
     return list({row.key: row for row in rows}.values())
+
+
+def _guided(
+    subject: Checkpoint, guidance: Guidance | None, guide: Guide | None
+) -> tuple[Guidance | None, Guide | None]:
+    """Leave a guide out where it changes nothing: a row is the same row then as without it."""
+    if guide is None:
+        return guidance, None
+    changes = guidance is not None and guidance.scale != 1 and subject.sha256 != guide.sha256
+    return (guidance, guide) if changes else (None, None)
 
 
 def settle_num_images(

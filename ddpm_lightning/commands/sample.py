@@ -86,7 +86,8 @@ def sample(
             to the contrast of the model's own.
         guide: A weaker checkpoint of the same kind, such as an early step=N.ckpt of the same run,
             whose errors are exaggerated ones of the model (autoguidance); needs no classes. With
-            --guidance 1.5 or 2 samples get better, at half as many --num_steps for the same cost.
+            --guidance 1.5 or 2 samples are often better, even at half as many --num_steps, which
+            cost the same.
         weights: The moving average, or the raw weights.
         out: The output folder; RUN/generated/step=N-WEIGHTS-SAMPLER-STEPS when left out. Other
             seeds may be added to it later.
@@ -105,13 +106,16 @@ def sample(
     chosen.respace(model.process)  # refuses timesteps that the schedule does not have
     told = settle_told(model, labels, guidance, guidance_rescale, guide)
     guiding = None if told.guide is None else told.guide.load(weights, model)
+    sha256 = file_sha256(checkpoint)
+    if told.guide is not None and told.guide.sha256 == sha256:
+        raise InputError(f"--guide {guide}: is the checkpoint itself; name an earlier one")
     trainer = make_trainer(accelerator, devices, num_nodes)
     description = describe_sampler(chosen, chosen.count_steps(model.process))
     slug = sampler_slug(description) + told.slug
     folder = Path(out or _default_folder(Path(checkpoint), weights, slug))
     settings = {
         "checkpoint": str(checkpoint),
-        "checkpoint_sha256": file_sha256(checkpoint),
+        "checkpoint_sha256": sha256,
         "weights": weights,
         "sampler": description,
         "batch_size": batch_size,

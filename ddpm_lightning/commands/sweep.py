@@ -139,7 +139,7 @@ class SweepFolder:
             **dict(zip(("weights", "sampler", "num_steps"), settings_of(subject), strict=True)),
             **{key: subject.get("sampler", {}).get(key, "") for key in ("eta", "spacing", "clip")},
             **{_GUIDANCE[key]: value for key, value in guidance_of(subject).items()},
-            **({"guide": str(guide.path)} if (guide := guide_of(subject)) else {}),
+            **_guide_columns(guide_of(subject)),
             "nfe": subject.get("nfe", ""),
             "num_images": record["num_images"],
             "num_repeats": count,
@@ -172,7 +172,7 @@ class SweepFolder:
 
 
 def guidance_of(subject: dict[str, Any]) -> dict[str, float]:
-    """Give what samples were guided by; nothing, where there are no classes."""
+    """Give how strongly samples were guided; nothing, where there was nothing to guide them."""
     guidance = subject.get("guidance", "none")
     return {} if guidance == "none" else {key: guidance[key] for key in _GUIDANCE}
 
@@ -184,6 +184,10 @@ def guide_of(subject: dict[str, Any]) -> Guide | None:
         return None
     guide = guidance["guide"]
     return Guide(Path(guide["path"]), guide["sha256"], guide["step"])
+
+
+def _guide_columns(guide: Guide | None) -> dict[str, str]:
+    return {} if guide is None else {"guide": str(guide.path), "guide_sha256": guide.sha256}
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

@@ -28,8 +28,8 @@ class Guide:
 
     @property
     def word(self) -> str:
-        """Name it beside other options, such as `by step=650`."""
-        return f"by {self.path.stem}"
+        """Name it beside other options, such as `by step=650-1f0c2a`; runs share files' names."""
+        return f"by {self.path.stem}-{self.sha256[:6]}"
 
     def describe(self) -> dict[str, Any]:
         """Give what a record says of it."""
@@ -39,8 +39,14 @@ class Guide:
         """Build what guides a model: the average guides averages, and raw weights raw ones.
 
         Raises:
-            InputError: It has no such weights, or is of another kind than the model.
+            InputError: The file has changed, has no such weights, or is of another kind than the
+                model.
         """
+        if file_sha256(self.path) != self.sha256:
+            raise InputError(
+                f"--guide {self.path}: has changed since it was first read; name a checkpoint that "
+                "stays as it is, such as a step=N.ckpt"
+            )
         guide = DDPM.from_checkpoint(self.path, weights)
         try:
             model.check_guide(guide)
@@ -91,12 +97,12 @@ class Told:
 
     def describe(self) -> dict[str, Any]:
         """Give what images depend on, as plain values."""
-        described: dict[str, Any] = {"labels": list(self.in_turn)} if self.in_turn else {}
-        if self.guidance is not None:
-            described["guidance"] = asdict(self.guidance)
-        if self.guide is not None:
-            described["guide"] = self.guide.sha256
-        return described
+        # null, not left out: a folder of guided samples takes no others
+        return {
+            **({"labels": list(self.in_turn)} if self.in_turn else {}),
+            "guidance": None if self.guidance is None else asdict(self.guidance),
+            "guide": None if self.guide is None else self.guide.sha256,
+        }
 
     @property
     def slug(self) -> str:

@@ -64,7 +64,8 @@ class Dropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """Drop values of a tensor of any shape."""
-        if not self.training or not self.p or input.device.type != "cpu":
+        is_torchs = input.device.type != "cpu" or torch.compiler.is_compiling()
+        if not self.training or not self.p or is_torchs:
             return super().forward(input)
         # 31 random bits a value: the probability is as exact as a float32
         bits = torch.empty_like(input, dtype=torch.int32).random_()
