@@ -22,7 +22,9 @@ from ddpm_lightning.randomness import NoiseStreams
 from ddpm_lightning.samplers import DDPMSampler
 
 BATCH_SIZE, SIZE = 64, 28
-NUM_STEPS = 5  # of a chain: short turns, for the machine's speed drifts
+NUM_STEPS = 5  # of a chain
+SHORT = 5
+"""Times as many rounds, of short turns: the machine's speed drifts by more than these targets."""
 
 
 class EndsAtFirstStep(Callback):
@@ -97,7 +99,7 @@ class Turns(Callback):
 
 def trainer_cost(runs: int, budget: float) -> Row:
     """Compare a step of `fit` with one of a bare loop, in processes of their own."""
-    steps = 2  # the machine's speed drifts by more than the target within half a minute
+    steps = 2
     with (
         tempfile.TemporaryDirectory() as folder,
         own_process(our_step, SMALL, BATCH_SIZE, SIZE) as bare,
@@ -119,7 +121,7 @@ def trainer_cost(runs: int, budget: float) -> Row:
             "--trainer.max_steps=1000000",
             "--trainer.callbacks=benchmarks.command.Turns",
             f"--trainer.callbacks.steps={steps}",
-            f"--trainer.callbacks.runs={5 * runs}",
+            f"--trainer.callbacks.runs={SHORT * runs}",
             f"--trainer.callbacks.budget={budget}",
             f"--run_dir={folder}/run",
         ]
@@ -152,6 +154,6 @@ def sampling(is_ours: bool, device: torch.device = CPU) -> Action:
 def sampler_cost(runs: int, budget: float) -> Row:
     """Compare evaluations a second of sampling with those of the bare network in a loop."""
     ours, bare = sampling(True), sampling(False)
-    rounds = rates(alternate(ours, bare, 5 * runs, budget), NUM_STEPS * BATCH_SIZE)
+    rounds = rates(alternate(ours, bare, SHORT * runs, budget), NUM_STEPS * BATCH_SIZE)
     what = "ancestral sampling, images times evaluations, against the bare network in a loop"
     return make_row("sampler-cost", what, "images/s", rounds, "at least", 0.97)

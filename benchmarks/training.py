@@ -1,6 +1,7 @@
 """The whole training step against diffusers'."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ddpm_lightning.randomness import to_device
 from tests.parity.networks import diffusers_unet
 
 NUM_IMAGES = 512
+LEARNING_RATE = 2e-4
 
 CIFAR10 = (3, 3, 128, (1, 2, 2, 2), 2, (1,), 0.1)
 """The paper's network (Ho et al. 2020, appendix B)."""
@@ -59,7 +61,7 @@ class OurStep:
         batch_size: int,
         device: torch.device = CPU,
         dtype: torch.dtype = torch.float32,
-        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=2e-4),
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=LEARNING_RATE),
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()  # images and their cache, to the end
         folder = Path(self._folder.name)
@@ -111,9 +113,7 @@ def our_step(
     if channels_last:
         net.to(memory_format=torch.channels_last)
 
-    def adam(params: Any) -> torch.optim.Optimizer:
-        return torch.optim.Adam(params, lr=2e-4, fused=fused)
-
+    adam = partial(torch.optim.Adam, lr=LEARNING_RATE, fused=fused)
     return OurStep(net, make_pixels(size, net.in_channels), batch_size, optimizer=adam)
 
 

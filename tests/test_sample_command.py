@@ -64,8 +64,6 @@ def test_pictures_are_named_by_their_seeds(here: Path, checkpoint: Path) -> None
         "weights": "ema",
         "sampler": {"name": "ddpm", "num_steps": 20, "spacing": "even", "clip": "static"},
         "batch_size": 2,
-        "guidance": None,
-        "guide": None,
     }
     stacked = torch.stack(list(images(here / "out").values()))
     assert torch.equal(grey_pixels(here / "out/grid.png"), make_grid(stacked))
@@ -144,6 +142,11 @@ def test_npz(here: Path, checkpoint: Path) -> None:
     for index, seed in enumerate(seeds.tolist()):
         assert np.array_equal(array[index], found[seed].permute(1, 2, 0).numpy())
     assert torch.equal(grey_pixels(here / "npz/grid.png"), grey_pixels(here / "png/grid.png"))
+
+    # files of images do not come beside it
+    refused = run_here(here, "sample", *options, "--accelerator", "cpu", "--out", "npz")
+    assert refused.status == 2
+    assert "holds samples with format npz, not None" in refused.err
 
     # a finished one is left as it is
     before = tree(here)

@@ -8,7 +8,9 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import write_atomically
 
 
-def check_settings(record: Path, settings: dict[str, Any], out: str, holds: str) -> None:
+def check_settings(
+    record: Path, settings: dict[str, Any], out: str, holds: str, is_whole: bool = False
+) -> None:
     """Refuse to go on with, or to write over, what was written with other settings.
 
     Args:
@@ -16,6 +18,7 @@ def check_settings(record: Path, settings: dict[str, Any], out: str, holds: str)
         settings: Those of now, as JSON gives them back.
         out: The output, as the user named it.
         holds: What it would hold, such as "holds samples".
+        is_whole: Whether the file notes settings alone, so that one which is left out now differs.
 
     Raises:
         InputError: It cannot be read, or a setting differs.
@@ -25,10 +28,10 @@ def check_settings(record: Path, settings: dict[str, Any], out: str, holds: str)
     except (ValueError, TypeError) as error:
         raise InputError(f"{record}: cannot be read ({error}); choose another --out") from error
     # the same file may be named in several ways
-    for key in settings:
-        if key != "checkpoint" and there.get(key) != settings[key]:
+    for key in [*settings, *(there if is_whole else [])]:
+        if key != "checkpoint" and there.get(key) != settings.get(key):
             raise InputError(
-                f"--out {out}: {holds} with {key} {there.get(key)}, not {settings[key]}; "
+                f"--out {out}: {holds} with {key} {there.get(key)}, not {settings.get(key)}; "
                 "choose another"
             )
 
@@ -46,7 +49,7 @@ def claim_folder(folder: Path, settings: dict[str, Any], holds: str) -> None:
     """
     record = folder / "settings.json"
     if record.exists():
-        check_settings(record, settings, str(folder), holds)
+        check_settings(record, settings, str(folder), holds, is_whole=True)
     elif folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder}: a file; choose a folder")
     elif folder.exists() and any(folder.iterdir()):

@@ -97,12 +97,12 @@ class Told:
 
     def describe(self) -> dict[str, Any]:
         """Give what images depend on, as plain values."""
-        # null, not left out: a folder of guided samples takes no others
-        return {
-            **({"labels": list(self.in_turn)} if self.in_turn else {}),
-            "guidance": None if self.guidance is None else asdict(self.guidance),
-            "guide": None if self.guide is None else self.guide.sha256,
-        }
+        described: dict[str, Any] = {"labels": list(self.in_turn)} if self.in_turn else {}
+        if self.guidance is not None:
+            described["guidance"] = asdict(self.guidance)
+        if self.guide is not None:
+            described["guide"] = self.guide.sha256
+        return described
 
     @property
     def slug(self) -> str:
