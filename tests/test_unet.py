@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ddpm_lightning.checkpoints import check_same_model, describe
@@ -15,6 +16,7 @@ from ddpm_lightning.networks.unet import (
     Dropout,
     ResBlock,
     UNet,
+    Upsample,
     timestep_embedding,
 )
 
@@ -112,6 +114,23 @@ def test_downsampling_pads_right_and_bottom() -> None:
         bias.zero_()
     x = torch.randn(1, 32, 6, 4)
     assert torch.equal(down(x), x[:, :, ::2, ::2])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_upsampling_repeats_pixels_and_convolves(layout: torch.memory_format) -> None:
+    """Values and gradients, borders included, in either layout."""
+    up = Upsample(32).double()
+    for parameter in up.parameters():
+        nn.init.normal_(parameter)
+    up.to(memory_format=layout)
+    x = torch.randn(2, 32, 3, 5, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    inputs = (x, *up.parameters())
+    outputs = up(x), up.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    assert outputs[0].is_contiguous(memory_format=layout)
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(outputs[0])
+    gradients = [torch.autograd.grad(output, inputs, weights) for output in outputs]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("channels", "height", "width"), [(1, 8, 8), (2, 8, 12), (5, 4, 16)])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.networks.lean import lean_block, lean_output, lean_upsample
+from ddpm_lightning.networks.lean import lean_block, lean_output
 
 NUM_GROUPS = 32
 GROUP_NORM_EPS = 1e-6  # the authors' tf.contrib default; torch's is 1e-5
@@ -99,9 +99,10 @@ class ResBlock(nn.Module):
         """Map x [N, C_in, H, W] and the activated embedding [N, E] to [N, C_out, H, W]."""
         shortcut: Tensor = self.shortcut(x)  # first: after conv_2 nothing is kept for the gradient
         h: Tensor = self.conv_1(F.silu(self.norm_1(x)))
-        h = h + self.embed(embedding)[:, :, None, None]
+        h += self.embed(embedding)[:, :, None, None]
         h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
-        return shortcut + h
+        h += shortcut
+        return h
 
     def lean(self, inputs: Sequence[Tensor], embedding: Tensor) -> Tensor:
         """Map the parts of x as `forward` does without dropout."""
@@ -129,7 +130,8 @@ class Attention(nn.Module):
         # torch's fast kernels, which never keep HW x HW values, want a pixel's channels together
         q, k, v = pixels.contiguous().unsqueeze(1).chunk(3, dim=-1)
         h = F.scaled_dot_product_attention(q, k, v)
-        output: Tensor = x + self.proj(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+        output: Tensor = self.proj(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+        output += x
         return output
 
 
@@ -179,12 +181,11 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, C, H, W] to [N, C, 2H, 2W]."""
-        output: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return output
-
-    def lean(self, x: Tensor) -> Tensor:
-        """Do so."""
-        return lean_upsample(x, self.conv)
+        # Repetition is a transposed convolution with 2x2 ones, and two convolutions in a row are
+        # one, whose kernel is theirs convolved: 4 products for each output instead of 9.
+        kernel = self.conv.weight.flip(2, 3)
+        kernel = F.avg_pool2d(kernel, 2, stride=1, padding=1, divisor_override=1)  # sums
+        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.conv.bias, stride=2, padding=1)
 
 
 class UNet(nn.Module):
@@ -341,7 +342,7 @@ class UNet(nn.Module):
 
     def _run(self, layer: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Run a layer, keeping only its inputs for the gradient where that is asked for."""
-        if isinstance(layer, Block | Upsample) and self._is_lean(inputs[-1]):
+        if isinstance(layer, Block) and self._is_lean(inputs[-1]):
             return layer.lean(*inputs)
         return _checkpointed(layer, *inputs) if self._forgets() else layer(*inputs)
 
