@@ -17,7 +17,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from benchmarks.harness import Action, Row, alternate, make_row, own_process, rates, seconds_of
 from benchmarks.peers import CPU
 from benchmarks.training import SMALL, make_pixels, our_step, write_images
-from ddpm_lightning import DDPM, UNet, cli
+from ddpm_lightning import DDPM, UNet
+from ddpm_lightning import __main__ as command_line
+from ddpm_lightning.commands.allocator import keep_freed_memory
 from ddpm_lightning.randomness import NoiseStreams
 from ddpm_lightning.samplers import DDPMSampler
 
@@ -125,7 +127,7 @@ def trainer_cost(runs: int, budget: float) -> Row:
             f"--trainer.callbacks.budget={budget}",
             f"--run_dir={folder}/run",
         ]
-        assert cli.main() == 0
+        assert command_line.main() == 0
     what = "a step of `fit` against one of a bare loop, 28x28, 32-64-64 channels, batch 64"
     return make_row("trainer-cost", what, "s", ROUNDS, "at most", 1.02)
 
@@ -136,6 +138,7 @@ def _text(value: object) -> str:
 
 def sampling(is_ours: bool, device: torch.device = CPU) -> Action:
     """Make a chain of ancestral sampling, or of calls of the bare network alone."""
+    keep_freed_memory()  # as every command does
     net = UNet(*SMALL)
     model = DDPM(net, image_shape=(SMALL[0], SIZE, SIZE)).eval().to(device)
     sampler = DDPMSampler(num_steps=NUM_STEPS)

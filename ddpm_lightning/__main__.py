@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from ddpm_lightning import __version__
+from ddpm_lightning.commands.allocator import keep_freed_memory
 
 COMMANDS = {
     "fit": ("ddpm_lightning.cli:main", "train; with no option at all, on handwritten digits"),
@@ -80,6 +81,7 @@ def main() -> int:
         known = ", ".join(COMMANDS)
         sys.stderr.write(f"error: no command {arguments[0]!r}{hint} (commands: {known})\n")
         return 2
+    keep_freed_memory()
     module, function = COMMANDS[arguments[0]][0].split(":")
     status: int = getattr(import_module(module), function)()
     return status

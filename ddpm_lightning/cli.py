@@ -27,7 +27,6 @@ from ddpm_lightning.callbacks import (
 from ddpm_lightning.callbacks.run_logger import RunLogger
 from ddpm_lightning.callbacks.shared import find_callback
 from ddpm_lightning.checkpoints import check_same_model, load_checkpoint
-from ddpm_lightning.commands.allocator import keep_freed_memory
 from ddpm_lightning.commands.clusters import cluster_plugins
 from ddpm_lightning.commands.faults import go_on_command, told_in_one_line
 from ddpm_lightning.commands.options import LineErrors
@@ -365,5 +364,4 @@ def _listed(value: Any) -> list[Any]:
 
 def main() -> int:
     """Run fit, validate or test."""
-    keep_freed_memory()
     return run_command(CLI)

@@ -2,10 +2,12 @@ import os
 import platform
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
-from ddpm_lightning import cli
+from ddpm_lightning import __main__ as entry
+from ddpm_lightning.__main__ import COMMANDS
 from ddpm_lightning.commands.allocator import keep_freed_memory
 
 # Takes and frees 64 MiB, which glibc by itself always hands back, and counts the pages that the
@@ -54,9 +56,12 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not keep_freed_memory()
 
 
-def test_fit_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[object] = []
-    monkeypatch.setattr(cli, "keep_freed_memory", lambda: calls.append("memory"))
-    monkeypatch.setattr(cli, "run_command", calls.append)
-    cli.main()
-    assert calls == ["memory", cli.CLI]
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_keeps_it(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    module, _, function = COMMANDS[command][0].partition(":")
+    monkeypatch.setattr(sys, "argv", ["ddpm_lightning", command])
+    monkeypatch.setattr(entry, "keep_freed_memory", lambda: calls.append("memory"))
+    monkeypatch.setattr(import_module(module), function, lambda: calls.append(command))
+    entry.main()
+    assert calls == ["memory", command]

@@ -13,9 +13,10 @@ OLD_LIMIT = 2**25
 def keep_freed_memory() -> bool:
     """Have glibc keep what this process frees, instead of handing it back to the system.
 
-    Every training step on a CPU frees its activations and takes as much again; what had gone back
-    comes as pages that the kernel must find and clear one by one, a tenth of a step and more. The
-    highest use of memory stays what it is, but for fragments; blocks above `KEPT` bytes go back.
+    Every pass of a network on a CPU frees its activations and takes as much again; what had gone
+    back comes as pages that the kernel must find and clear one by one, a tenth of the time and
+    more. The highest use of memory stays what it is, but for fragments; blocks above `KEPT` bytes
+    go back.
 
     Returns:
         Whether it does so now: not without glibc, and not where the user has set MALLOC_ variables.
