@@ -9,6 +9,7 @@ unless a group of its norm has channels of both.
 Numbers are those of the layers, up to rounding. The gradients cannot be differentiated again.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
@@ -61,6 +62,16 @@ def lean_output(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
         return _Single(_normed_convolution(tensors[:1], norm, tensors[1:]))
 
     return _apply(make, x, *_parameters(norm, conv))
+
+
+def lean_upsample(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Map x [N, C, H, W] to a 3x3 convolution of its doubled pixels, [N, C_out, 2H, 2W]."""
+
+    def make(tensors: Tensors) -> _Single:
+        x, weight, bias = tensors
+        return _Single(_Convolution([_Doubled(x)], weight, bias))
+
+    return _apply(make, x, *_parameters(conv))
 
 
 def _parameters(*layers: nn.Module) -> list[Tensor]:
@@ -141,6 +152,21 @@ class _Single:
         return [*of_inputs, *of_parameters]
 
 
+class _Source(ABC):
+    """What a convolution takes: made from an input, piece by piece."""
+
+    shape: Sequence[int]
+    """[N, C, H, W]."""
+
+    @abstractmethod
+    def write(self, images: slice, rows: slice, into: Tensor) -> None:
+        """Write a piece, [n, C, rows, W]."""
+
+    @abstractmethod
+    def backward(self, gradient: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Give the gradients of input and parameters, from this one's, which it may overwrite."""
+
+
 def _normed_convolution(inputs: Tensors, norm: nn.GroupNorm, parameters: Tensors) -> "_Convolution":
     """Make a convolution of the activated group norm of inputs, each of whole groups.
 
@@ -166,7 +192,7 @@ class _Convolution:
         bias: [C_out].
     """
 
-    def __init__(self, sources: Sequence["_Activated"], weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, sources: Sequence[_Source], weight: Tensor, bias: Tensor) -> None:
         self._sources, self._weight, self._bias = sources, weight, bias
         self._channels = _channels(sources)
         num, _, self._height, self._width = sources[0].shape
@@ -220,8 +246,8 @@ class _Convolution:
         return taken, (inside, seen)
 
 
-class _Activated:
-    """SiLU of the group norm of some channels, made from them piece by piece.
+class _Activated(_Source):
+    """SiLU of the group norm of some channels.
 
     Args:
         x: [N, C, H, W], C a multiple of the size of a group.
@@ -255,12 +281,10 @@ class _Activated:
         return of_channels / (self.shape[2] * self.shape[3])
 
     def write(self, images: slice, rows: slice, into: Tensor) -> None:
-        """Write a piece, [n, C, rows, W]."""
         torch.mul(self._x[images, :, rows], self._factor[images], out=into)
         F.silu(into.add_(self._shift[images]), inplace=True)
 
     def backward(self, gradient: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Give the gradients of x and of the norm, from this one's, which is overwritten."""
         sums, products = torch.zeros_like(self._mean), torch.zeros_like(self._mean)
         for images, rows in self._pieces:
             x, part = self._x[images, :, rows], gradient[images, :, rows]
@@ -278,6 +302,26 @@ class _Activated:
             part = gradient[images, :, rows].mul_(self._factor[images])
             part.addcmul_(self._x[images, :, rows], slope[images]).add_(level[images])
         return gradient, [products.sum((0, 2, 3)), sums.sum((0, 2, 3))]
+
+
+class _Doubled(_Source):
+    """Pixels as squares of four.
+
+    Args:
+        x: [N, C, H / 2, W / 2].
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        num, channels, height, width = x.shape
+        self.shape = (num, channels, 2 * height, 2 * width)
+        self._x = x
+
+    def write(self, images: slice, rows: slice, into: Tensor) -> None:
+        which = torch.arange(rows.start, rows.stop, device=self._x.device) // 2
+        into.copy_(self._x[images, :, which].repeat_interleave(2, dim=3))
+
+    def backward(self, gradient: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return F.avg_pool2d(gradient, 2).mul_(4), []
 
 
 class _Shortcut:
@@ -329,7 +373,7 @@ def _group_size(norm: nn.GroupNorm) -> int:
     return norm.num_channels // norm.num_groups
 
 
-def _channels(parts: Sequence[Tensor] | Sequence["_Activated"]) -> list[slice]:
+def _channels(parts: Sequence[Tensor] | Sequence[_Source]) -> list[slice]:
     """Give each part's channels among those of all."""
     stops = accumulate((part.shape[1] for part in parts), initial=0)
     return [slice(start, stop) for start, stop in pairwise(stops)]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.networks.lean import lean_block, lean_output
+from ddpm_lightning.networks.lean import lean_block, lean_output, lean_upsample
 
 NUM_GROUPS = 32
 GROUP_NORM_EPS = 1e-6  # the authors' tf.contrib default; torch's is 1e-5
@@ -187,6 +187,10 @@ class Upsample(nn.Module):
         kernel = F.avg_pool2d(kernel, 2, stride=1, padding=1, divisor_override=1)  # sums
         return F.conv_transpose2d(x, kernel.transpose(0, 1), self.conv.bias, stride=2, padding=1)
 
+    def lean(self, x: Tensor) -> Tensor:
+        """Do so; in pieces, the nine products take less memory than the four."""
+        return lean_upsample(x, self.conv)
+
 
 class UNet(nn.Module):
     """epsilon_theta: predicts the noise in x_t (Ho et al. 2020, appendix B).
@@ -342,7 +346,7 @@ class UNet(nn.Module):
 
     def _run(self, layer: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Run a layer, keeping only its inputs for the gradient where that is asked for."""
-        if isinstance(layer, Block) and self._is_lean(inputs[-1]):
+        if isinstance(layer, Block | Upsample) and self._is_lean(inputs[-1]):
             return layer.lean(*inputs)
         return _checkpointed(layer, *inputs) if self._forgets() else layer(*inputs)
 
