@@ -317,7 +317,8 @@ class DDPM(Denoiser, LightningModule):
         size = "x".join(map(str, image_shape))
         told = (t,) if self.num_classes else ()
         try:
-            with FlopCounterMode(display=False) as counter:
+            # without gradients, for which checkpointing would take other operations
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 output = functional_call(self.net, weights, (x, t, *told))
         except TypeError as error:
             raise InputError(

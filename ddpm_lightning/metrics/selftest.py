@@ -151,10 +151,12 @@ def _shares() -> Iterator[Finding]:
     each = [evaluate(part, reference, METRICS, "fd") for part in shared]
     error = max(_relative(values["fd"], whole["fd"]) for values in each)
     yield f"Frechet distance from shares of {SHARES}, relative", error, 1e-6
-    # float32; a subset of all images has no spread but rounding
+    # A subset of all images has no spread but rounding. Features are float32, and other batch sizes
+    # sum in other orders, which KID magnifies: 1.3e-5 on one thread of an AMD EPYC. One image in
+    # the place of another changes it by 3e-2.
     names = whole.keys() - {"fd", "kid_std"}
     error = max(_relative(values[name], whole[name]) for values in each for name in names)
-    yield f"the other metrics from shares of {SHARES}, relative", error, 1e-5
+    yield f"the other metrics from shares of {SHARES}, relative", error, 1e-4
 
 
 def _torch_fidelity() -> Iterator[Finding]:
