@@ -211,12 +211,12 @@ class _Convolution:
     def backward(self, gradient: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Give the gradients of the inputs, and of the parameters: the sources', and its own."""
         of_sources = [self._weight.new_zeros(source.shape) for source in self._sources]
-        of_weight = torch.zeros_like(self._weight)
+        of_weight: Tensor | None = None  # of deep levels it is large, and one piece's
         for images, rows in self._pieces:
             taken, (inside, seen) = self._take(images, rows)
             outer = gradient[images, :, rows]
             inner, of_piece = _convolution_backward(outer, taken, self._weight, (0, 1))
-            of_weight += of_piece
+            of_weight = of_piece if of_weight is None else of_weight.add_(of_piece)
             # a row at a piece's edge gets something from the piece on either side
             for of_source, channels in zip(of_sources, self._channels, strict=True):
                 of_source[images, :, seen] += inner[:, channels, inside]
@@ -227,6 +227,7 @@ class _Convolution:
         of_parameters = [
             torch.cat(parts) for parts in zip(*(parameters for _, parameters in found), strict=True)
         ]
+        assert of_weight is not None
         return [x for x, _ in found], [*of_parameters, of_weight, gradient.sum((0, 2, 3))]
 
     def _take(self, images: slice, rows: slice) -> tuple[Tensor, tuple[slice, slice]]:
