@@ -222,6 +222,11 @@ def test_dropout_is_torchs_but_for_the_draws(p: float, dtype: torch.dtype) -> No
     assert ours.eval()(x) is x
 
 
+def test_dropout_keeps_the_layout() -> None:
+    x = torch.rand(2, 8, 4, 4).to(memory_format=torch.channels_last)
+    assert Dropout(0.5)(x).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_dropout_compiles_whole() -> None:
     net = UNet(1, 1, 32, (1,), 1, (), dropout=0.5)
     compiled = torch.compile(net, backend="eager", fullgraph=True)  # refuses what breaks the graph
