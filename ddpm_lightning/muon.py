@@ -1,11 +1,13 @@
 """Muon: updates whose singular values are all about one, for weights that are matrices."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -29,15 +31,24 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     Returns:
         The same shape and dtype, with the same singular vectors.
     """
-    # Iterating on matrix @ matrix.T alone takes fewer products, but diverges in bfloat16.
     a, b, c = COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.t() if is_tall else matrix
+    # in bfloat16 the iteration would diverge
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     x = x / x.norm().clamp_min(torch.finfo(x.dtype).tiny)  # no singular value is above one
-    for _ in range(NUM_ITERATIONS):
-        square = x @ x.t()
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.t() if is_tall else x
+    # Each iteration multiplies x by a polynomial of x @ x.T. All are polynomials of the first such
+    # square, so that they commute, and x itself, which is wider, is multiplied once, at the end.
+    square = x @ x.t()
+    identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    factor = identity
+    for iteration in range(NUM_ITERATIONS):
+        polynomial = torch.addmm(square, square, square, beta=b, alpha=c).add_(identity, alpha=a)
+        factor = polynomial @ factor
+        if iteration + 1 < NUM_ITERATIONS:
+            square = polynomial @ square @ polynomial
+    found: Tensor = (factor @ x).to(matrix.dtype)
+    return found.t() if is_tall else found
 
 
 class Muon(Optimizer):
@@ -86,11 +97,13 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    is_matrix = weight.ndim > 1 and len(weight) > 1
-                    update = self._matrix_update if is_matrix else self._adam_update
-                    weight.add_(update(weight.grad, self.state[weight], group), alpha=-group["lr"])
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            matrices = [weight for weight in weights if weight.ndim > 1 and len(weight) > 1]
+            for weight in matrices:
+                update = self._matrix_update(weight.grad, self.state[weight], group)
+                weight.add_(update, alpha=-group["lr"])
+            taken = set(matrices)
+            self._adam_step([weight for weight in weights if weight not in taken], group)
         return loss
 
     @staticmethod
@@ -104,13 +117,28 @@ class Muon(Optimizer):
         scale = UPDATE_RMS * max(matrix.shape) ** 0.5
         return orthogonalize(matrix).mul(scale).view_as(gradient)
 
-    @staticmethod
-    def _adam_update(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        if not state:
-            state.update(step=0, mean=torch.zeros_like(gradient), square=torch.zeros_like(gradient))
-        state["step"] += 1
+    def _adam_step(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        if not weights:
+            return
+        for weight in weights:
+            if not self.state[weight]:
+                zeros = partial(torch.zeros_like, weight)
+                self.state[weight].update(step=torch.tensor(0.0), mean=zeros(), square=zeros())
+        states = [self.state[weight] for weight in weights]
         first, second = group["betas"]
-        mean: Tensor = state["mean"].lerp_(gradient, 1 - first) / (1 - first ** state["step"])
-        square: Tensor = state["square"].lerp_(gradient.square(), 1 - second)
-        update: Tensor = mean / ((square / (1 - second ** state["step"])).sqrt() + ADAM_EPS)
-        return update
+        adam(
+            weights,
+            [cast(Tensor, weight.grad) for weight in weights],
+            [state["mean"] for state in states],
+            [state["square"] for state in states],
+            [],
+            [state["step"] for state in states],
+            foreach=True,  # they are many and small: what takes time is the call, not the numbers
+            amsgrad=False,
+            beta1=first,
+            beta2=second,
+            lr=group["lr"],
+            weight_decay=0.0,
+            eps=ADAM_EPS,
+            maximize=False,
+        )

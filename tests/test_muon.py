@@ -40,13 +40,15 @@ def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(orthogonalize(1e-30 * matrix), found, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_bfloat16_keeps_them_bounded(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [*product((torch.float32, torch.bfloat16, torch.float16), SHAPES)]
+)
+def test_rounding_keeps_them_bounded(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     """Of a matrix whose singular values span eight orders of magnitude, too."""
     u, s, v = torch.linalg.svd(randn(*shape), full_matrices=False)
     spread = u @ torch.diag(torch.logspace(0, -8, len(s), dtype=torch.float64)) @ v
-    found = orthogonalize(spread.bfloat16())
-    assert found.dtype == torch.bfloat16
+    found = orthogonalize(spread.to(dtype))
+    assert found.dtype == dtype
     values = torch.linalg.svdvals(found.double())
     assert 0.6 < values.max() < 1.3
 
