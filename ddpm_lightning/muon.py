@@ -51,6 +51,10 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return found.t() if is_tall else found
 
 
+def _is_matrix(weight: Tensor) -> bool:
+    return weight.ndim > 1 and len(weight) > 1
+
+
 class Muon(Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024), and Adam for what is no matrix.
 
@@ -98,12 +102,10 @@ class Muon(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            matrices = [weight for weight in weights if weight.ndim > 1 and len(weight) > 1]
-            for weight in matrices:
+            for weight in filter(_is_matrix, weights):
                 update = self._matrix_update(weight.grad, self.state[weight], group)
                 weight.add_(update, alpha=-group["lr"])
-            taken = set(matrices)
-            self._adam_step([weight for weight in weights if weight not in taken], group)
+            self._adam_step([weight for weight in weights if not _is_matrix(weight)], group)
         return loss
 
     @staticmethod
@@ -133,7 +135,7 @@ class Muon(Optimizer):
             [state["square"] for state in states],
             [],
             [state["step"] for state in states],
-            foreach=True,  # they are many and small: what takes time is the call, not the numbers
+            foreach=True,  # they are many and small, so that calls of their own take longer
             amsgrad=False,
             beta1=first,
             beta2=second,
