@@ -120,8 +120,6 @@ class Muon(Optimizer):
         return orthogonalize(matrix).mul(scale).view_as(gradient)
 
     def _adam_step(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        if not weights:
-            return
         for weight in weights:
             if not self.state[weight]:
                 zeros = partial(torch.zeros_like, weight)

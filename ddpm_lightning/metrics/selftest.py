@@ -99,8 +99,8 @@ def _pictures(seed: int) -> Tensor:
     return torch.randint(256 - 24 * (seed % 2), size, generator=generator, dtype=torch.uint8)
 
 
-def _collect(extractor: Extractor, images: Tensor) -> FeatureSet:
-    return _collector(extractor, images).finish()
+def _collect(extractor: Extractor, *shares: Tensor) -> FeatureSet:
+    return _collector(extractor, *shares).finish()
 
 
 def _collector(extractor: Extractor, *shares: Tensor) -> Collector:
@@ -150,7 +150,7 @@ def _shares() -> Iterator[Finding]:
     collectors = [_collector(extractor, share) for share in shares]
     shared = ThreadRanks.gather([collector.finish for collector in collectors])
     # In the same batches: with others, float32 features round otherwise, which KID magnifies.
-    whole = evaluate(_collector(extractor, *shares).finish(), reference, METRICS, "fd")
+    whole = evaluate(_collect(extractor, *shares), reference, METRICS, "fd")
     each = [evaluate(part, reference, METRICS, "fd") for part in shared]
     error = max(_relative(values["fd"], whole["fd"]) for values in each)
     yield f"Frechet distance from shares of {SHARES}, relative", error, 1e-6
