@@ -129,8 +129,11 @@ def start_process(cwd: Path, *arguments: object) -> subprocess.Popen[str]:
 
 def run_process(cwd: Path, *arguments: object) -> Result:
     """Run a command as a user does."""
-    with start_process(cwd, *arguments) as process:
+    process = start_process(cwd, *arguments)
+    try:
         out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
     return Result(process.returncode, out, err)
 
 

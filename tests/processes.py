@@ -98,7 +98,8 @@ def free_port() -> int:
 def _ip(*words: str) -> bool:
     if shutil.which("ip") is None:
         return False
-    return subprocess.run(["ip", *words], capture_output=True, check=False).returncode == 0
+    ran = subprocess.run(["ip", *words], capture_output=True, check=False, timeout=60)
+    return ran.returncode == 0
 
 
 def _can_make_namespaces() -> bool:

@@ -261,11 +261,14 @@ def test_three_processes_build_once(tmp_path: Path, folder: Path) -> None:
 def test_killed_build_leaves_nothing_usable(tmp_path: Path, folder: Path) -> None:
     log = tmp_path / "log"
     process = build_elsewhere(folder, log, 0.05)
-    while not log.exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
+    try:
+        deadline = time.monotonic() + 120
+        while not log.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
     (partial,) = (tmp_path / "cache").glob("*.partial")
     assert finished(folder) == []
     cached = build(folder)

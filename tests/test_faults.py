@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -378,7 +379,7 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
         "time.sleep(60)\n"
     )
     with subprocess.Popen(
-        ["python3", "-c", script],
+        [sys.executable, "-c", script],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},

@@ -241,7 +241,7 @@ def test_a_killed_process_is_completed(here: Path, checkpoint: Path) -> None:
     while not first.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
-    process.communicate()
+    process.communicate(timeout=60)
     num_done = len(list((here / "killed").glob("0*.png")))
     assert 0 < num_done < 96
     assert not (here / "killed/grid.png").exists()
