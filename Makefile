@@ -26,8 +26,9 @@ test-slow: $(VENV)/installed-test  ## the rest: full-size networks and long runs
 benchmark: $(VENV)/installed-benchmark  ## rows beside peers, within half an hour on two quiet cores; docs/benchmarks.md
 	$(BIN)/python -m benchmarks
 
-benchmark-full: $(VENV)/installed-benchmark  ## the long rows too
+benchmark-full: $(VENV)/installed-benchmark  ## the long rows and the curves of growth too, in three hours
 	$(BIN)/python -m benchmarks --full
+	$(BIN)/python -m benchmarks.growth
 
 lint: $(VENV)/installed-test  ## ruff: style and format
 	$(BIN)/ruff check .

@@ -15,8 +15,9 @@ from benchmarks.harness import Row, make_row
 SOURCE = "/usr/share/datasets/fashion-mnist"
 """Where Debian's package dataset-fashion-mnist puts it."""
 SIZE = 28  # pixels
+EXPERIMENT = Path("experiments/fashion_mnist.yaml")
 RUN = Path("runs/fashion")
-"""The run of experiments/fashion_mnist.yaml that docs/fashion.md describes."""
+"""The experiment's run that docs/fashion.md describes."""
 EXTRACTOR = "efficientnet-lite0"
 NUM_IMAGES, NUM_REFERENCE = 1000, 10_000
 ANCESTRAL, NUM_ANCESTRAL = "ddpm", 250
@@ -44,6 +45,17 @@ def write_reference(folder: Path) -> Path:
     return folder
 
 
+def command(*arguments: str) -> None:
+    """Run a command of this project, which must do well."""
+    subprocess.run([sys.executable, "-m", "ddpm_lightning", *arguments], check=True)
+
+
+def train(run: Path, *options: str) -> None:
+    """Run `fit` with the experiment, or go on with what there is of the run."""
+    source, folder = f"--data.source={SOURCE}", f"--run_dir={run}"
+    command("fit", f"--config={EXPERIMENT}", source, folder, "--ckpt_path=auto", *options)
+
+
 def sweep(run: Path) -> list[str]:
     """Give the command that judges few evaluations and many of a run's last checkpoint."""
     return [
@@ -59,12 +71,12 @@ def sweep(run: Path) -> list[str]:
 def distances(run: Path) -> Distances:
     """Judge samples of a run's last checkpoint, and keep the distances in its folder.
 
-    Each is taken once.
+    Each is taken once. Where there is no run it is trained first, which takes a quarter of an hour.
     """
     if not (run / "checkpoints/last.ckpt").exists():
-        raise FileNotFoundError(f"{run}/checkpoints/last.ckpt: docs/fashion.md says how to train")
+        train(run)
     write_reference(run / "reference")
-    subprocess.run([sys.executable, "-m", "ddpm_lightning", *sweep(run)], check=True)
+    command(*sweep(run))
     rows = json.loads((run / "evaluations/sweep.json").read_text())["rows"]
     return {
         (row["subject"]["sampler"]["name"], row["subject"]["nfe"]): row["metrics"][

@@ -7,8 +7,6 @@ black pixels widen to 32x32, and their samples lose that edge again: all are jud
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -32,13 +30,20 @@ from tqdm import tqdm
 
 from benchmarks.harness import Row, make_row, own_process, seconds_of
 from benchmarks.peers import DiffusersStep
-from benchmarks.quality import EXTRACTOR, SIZE, SOURCE, fashion_pixels, write_reference
+from benchmarks.quality import (
+    EXPERIMENT,
+    EXTRACTOR,
+    SIZE,
+    command,
+    fashion_pixels,
+    train,
+    write_reference,
+)
 from benchmarks.training import OurStep
 from ddpm_lightning import UNet
 from ddpm_lightning.commands.allocator import keep_freed_memory
 from ddpm_lightning.images import to_uint8
 
-EXPERIMENT = Path("experiments/fashion_mnist.yaml")
 FOLDER = Path("runs/time_to_quality")
 """Keeps what has been trained and judged: each is done once."""
 SECONDS = 900.0
@@ -228,20 +233,6 @@ def train_peer(name: str, num_steps: int, out: Path) -> None:
         np.savez_compressed(out / f"{name}-{sampler}.npz", inner.permute(0, 2, 3, 1).numpy())
 
 
-def train_ours(num_steps: int, out: Path) -> Path:
-    """Run `fit` with our experiment, and name the folder of its checkpoints."""
-    run = out / OURS
-    _command(
-        "fit",
-        f"--config={EXPERIMENT}",
-        f"--data.source={SOURCE}",
-        f"--trainer.max_steps={num_steps}",
-        f"--run_dir={run}",
-        "--ckpt_path=auto",
-    )
-    return run / "checkpoints"
-
-
 def distances(folder: Path = FOLDER) -> dict[str, float]:
     """Train and judge everybody, as far as it has not been done.
 
@@ -254,8 +245,10 @@ def distances(folder: Path = FOLDER) -> dict[str, float]:
         if not any(folder.glob(f"{name}-*.npz")):
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 pool.submit(train_peer, name, steps[name], folder).result()
-    checkpoints = train_ours(steps[OURS], folder)
-    _command(
+    run = folder / OURS
+    train(run, f"--trainer.max_steps={steps[OURS]}")
+    checkpoints = run / "checkpoints"
+    command(
         "fid",
         str(checkpoints / "last.ckpt"),
         *map(str, sorted(folder.glob("*.npz"))),
@@ -274,10 +267,6 @@ def distances(folder: Path = FOLDER) -> dict[str, float]:
         name = Path(row["subject"]["path"]).stem.rpartition("-")[0] or OURS
         found[name] = min(distance, found.get(name, distance))
     return found
-
-
-def _command(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "ddpm_lightning", *arguments], check=True)
 
 
 def _row(name: str, what: str, peers: tuple[str, ...], target: float) -> Row:

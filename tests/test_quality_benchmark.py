@@ -1,11 +1,11 @@
-"""The benchmark rows about quality, on a run of ten steps."""
+"""The benchmark rows about quality, on a run of ten steps that they train."""
 
 from pathlib import Path
 
 import pytest
 
 from benchmarks import quality
-from tests.command_line import train
+from tests.command_line import TINY
 
 
 @pytest.mark.slow
@@ -15,21 +15,22 @@ def test_distances_of_few_evaluations(
     monkeypatch.setattr(quality, "NUM_IMAGES", 8)
     monkeypatch.setattr(quality, "SAMPLERS", "ddim,heun:3,ddpm:15")
     monkeypatch.setattr(quality, "NUM_STEPS", "5,10")
-    monkeypatch.setattr(quality, "write_reference", lambda folder: folder)
-    run = train(tmp_path, pictures)
-    (run / "reference").symlink_to(pictures)
+    monkeypatch.setattr(
+        quality, "write_reference", lambda folder: folder.exists() or folder.symlink_to(pictures)
+    )
+    (tmp_path / "tiny.yaml").write_text(TINY.format(source=pictures))
+    monkeypatch.setattr(quality, "EXPERIMENT", tmp_path / "tiny.yaml")
+    monkeypatch.setattr(quality, "SOURCE", str(pictures))
+    run = tmp_path / "run"
     found = quality.distances(run)
     assert sorted(found) == [("ddim", 5), ("ddim", 10), ("ddpm", 15), ("heun", 4)]
     assert all(distance > 0 for distance in found.values())
-    assert quality.distances(run) == found  # judged before
+    (run / "checkpoints/step=10.ckpt").unlink()
+    assert quality.distances(run) == found  # neither trained nor judged again
+    assert not (run / "checkpoints/step=10.ckpt").exists()
 
 
 def test_the_best_sampler_has_no_more_evaluations_than_allowed() -> None:
     found = {("ddim", 5): 3.0, ("heun", 9): 2.0, ("ddpm", 250): 1.0, ("ddim", 20): 1.5}
     assert quality.best(found, 10) == ("heun", 2.0)
     assert quality.best(found, 20) == ("ddim", 1.5)
-
-
-def test_a_missing_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"docs/fashion\.md says how"):
-        quality.distances(tmp_path)
