@@ -26,6 +26,9 @@ logger = logging.getLogger("ddpm_lightning")
 GRACE_SECONDS = 8.0
 """What a rank is given to end by itself: its own error says more than that another has died."""
 
+ANSWER_SECONDS = 60.0
+"""What rank 0 is given to answer another, once they are connected: its machine may be busy."""
+
 MEETING_TIME = timedelta(minutes=5)
 """What torchrun's ranks are given to start; where its agent ends before, they are told at once."""
 
@@ -135,7 +138,7 @@ class Centre:
             backlog=1024,
         )
         self._token = secrets.token_bytes(TOKEN_BYTES)
-        self._others: dict[int, socket.socket] = {}
+        self._others: set[socket.socket] = set()
         self._has_left = threading.Event()
         self._port = int(self._server.getsockname()[1])
         self._addresses = _addresses(master)
@@ -152,7 +155,7 @@ class Centre:
         self._tell(LEAVES)
 
     def _tell(self, what: bytes) -> None:
-        for connection in list(self._others.values()):
+        for connection in list(self._others):
             with suppress(OSError):
                 connection.sendall(what)
 
@@ -164,7 +167,7 @@ class Centre:
                     if key.fileobj is self._server:
                         self._welcome(selector)
                     else:
-                        self._hear(selector, key.data)
+                        self._hear(selector, *key.data)
 
     def _welcome(self, selector: selectors.BaseSelector) -> None:
         """Let a rank in; anyone else may call, too."""
@@ -175,13 +178,13 @@ class Centre:
             if len(hello) == TOKEN_BYTES + 4 and hello[:TOKEN_BYTES] == self._token:
                 connection.sendall(self._token)
                 rank = int.from_bytes(hello[TOKEN_BYTES:])
-                self._others[rank] = connection
-                selector.register(connection, selectors.EVENT_READ, rank)
+                self._others.add(connection)
+                selector.register(connection, selectors.EVENT_READ, (connection, rank))
                 return
         connection.close()
 
-    def _hear(self, selector: selectors.BaseSelector, rank: int) -> None:
-        connection = self._others.pop(rank)
+    def _hear(self, selector: selectors.BaseSelector, connection: socket.socket, rank: int) -> None:
+        self._others.remove(connection)
         said = _receive(connection)
         selector.unregister(connection)
         connection.close()
@@ -213,7 +216,12 @@ class Spoke:
         for address in addresses:
             try:
                 connection = socket.create_connection((address, port), timeout=5)
+            except OSError as error:
+                problem = error
+                continue
+            try:
                 _keep_alive(connection)
+                connection.settimeout(ANSWER_SECONDS)
                 connection.sendall(token + rank.to_bytes(4))
                 if connection.recv(TOKEN_BYTES, socket.MSG_WAITALL) != token:
                     raise OSError(f"{address}:{port} is something else")
@@ -221,6 +229,9 @@ class Spoke:
                 return connection
             except OSError as error:
                 problem = error
+                with suppress(OSError):  # rank 0 may hear this late, and would take it for a death
+                    connection.sendall(LEAVES)
+                connection.close()
         raise problem
 
     def leave(self) -> None:
