@@ -4,7 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
@@ -83,7 +84,6 @@ def run_here(cwd: Path, *arguments: object) -> Result:
         redirect_stderr(err),
     ):
         patch.setenv("DDPM_LIGHTNING_CACHE", str(_cache(cwd)))
-        patch.setenv("HF_HUB_OFFLINE", "1")
         try:
             status = main()
         except SystemExit as exit_:
@@ -115,11 +115,15 @@ def heed_interrupts() -> None:
 
 def start_process(cwd: Path, *arguments: object) -> subprocess.Popen[str]:
     """Start a command as a user does."""
-    environment = {"DDPM_LIGHTNING_CACHE": str(_cache(cwd)), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "ddpm_lightning", *map(str, arguments)],
         cwd=cwd,
-        env=os.environ | environment,
+        env={
+            **os.environ,
+            "DDPM_LIGHTNING_CACHE": str(_cache(cwd)),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -129,12 +133,27 @@ def start_process(cwd: Path, *arguments: object) -> subprocess.Popen[str]:
 
 def run_process(cwd: Path, *arguments: object) -> Result:
     """Run a command as a user does."""
-    process = start_process(cwd, *arguments)
+    with ended(start_process(cwd, *arguments)) as process:
+        try:
+            out, err = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # by which Python shows where its threads are
+            out, err = process.communicate(timeout=60)
+            pytest.fail(f"{arguments} hangs:\n{out}\n{err}")
+    return Result(process.returncode, out, err)
+
+
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """See to it that a process does not outlive a test, whatever comes of that."""
     try:
-        out, err = process.communicate(timeout=300)
+        yield process
     finally:
         process.kill()
-    return Result(process.returncode, out, err)
+        process.wait(timeout=60)
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 def train(folder: Path, source: Path) -> Path:

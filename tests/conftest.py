@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_lightning.diffusion.process import LEARNED_VARIANCES, Variance
+
+# huggingface_hub reads it once, when it is imported: no test may ask the real one
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 GOLDEN = Path(__file__).parent / "golden.npz"
 

@@ -45,6 +45,7 @@ class Job:
                 **os.environ,
                 "PYTHONPATH": str(ROOT),
                 "OMP_NUM_THREADS": "1",
+                "PYTHONFAULTHANDLER": "1",
                 "DDPM_LIGHTNING_CACHE": str(pictures.parent / "cache"),
                 **(environment or {}),
             },
@@ -65,7 +66,14 @@ class Job:
 
     def output(self, timeout: float = 240) -> str:
         """Wait until the last of its processes has ended, and give what they wrote."""
-        return self.process.communicate(timeout=timeout)[0]
+        try:
+            return self.process.communicate(timeout=timeout)[0]
+        except subprocess.TimeoutExpired:
+            # by which Python shows where its threads are
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGABRT)
+            output = self.process.communicate(timeout=60)[0]
+            raise AssertionError(f"not done after {timeout} s:\n{output}") from None
 
     def succeed(self) -> str:
         """The same of one that must succeed."""

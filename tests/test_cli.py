@@ -14,6 +14,7 @@ from ddpm_lightning import DDPM
 from tests.command_line import (
     TINY,
     TINY_OPTIONS,
+    ended,
     run_here,
     run_process,
     run_well,
@@ -441,11 +442,11 @@ def test_validate_without_images_is_refused(here: Path) -> None:
 
 def test_sigterm_has_its_own_status(here: Path) -> None:
     line = ("--config", "tiny.yaml", "--trainer.max_steps", "100000", *QUIET)
-    process = start_process(here, "fit", *line)
     checkpoint = here / "runs/tiny/1/checkpoints/last.ckpt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.terminate()
-    process.communicate(timeout=120)
+    with ended(start_process(here, "fit", *line)) as process:
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.terminate()
+        process.communicate(timeout=120)
     assert process.returncode == 143

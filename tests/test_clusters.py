@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from ddpm_lightning.commands.clusters import Torchrun
 from ddpm_lightning.commands.trainer import make_trainer
 from tests.children import SlowUNet
+from tests.command_line import ended
 from tests.processes import ROOT
 from tests.test_dying import SMALL
 from tests.training import assert_same_training, load
@@ -122,23 +123,23 @@ def test_a_job_of_slurm_is_requeued_and_goes_on(pictures: Path, tmp_path: Path) 
     net = f"{SlowUNet.__module__}.{SlowUNet.__name__}"
     small = {**SMALL, "data.source": pictures, "model.net": net, "trainer.max_steps": 30}
     options = [text for key, value in small.items() for text in (f"--{key}", str(value))]
-    plain = slurm.submit(*options, "--run_dir", "plain")
-    output = plain.communicate(timeout=240)[0]
+    with ended(slurm.submit(*options, "--run_dir", "plain")) as plain:
+        output = plain.communicate(timeout=240)[0]
     assert plain.returncode == 0, output
     assert not (tmp_path / "requeued").exists()
 
-    cut = slurm.submit(*options, "--run_dir", "cut")
     last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
-    for _ in range(6000):
-        if last.exists() or cut.poll() is not None:
-            break
-        time.sleep(0.02)
-    slurm.signal(cut)
+    with ended(slurm.submit(*options, "--run_dir", "cut")) as cut:
+        for _ in range(6000):
+            if last.exists() or cut.poll() is not None:
+                break
+            time.sleep(0.02)
+        slurm.signal(cut)
     assert cut.returncode == 143
     assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
     assert 1 <= load(last)["global_step"] < 30
-    again = slurm.submit(*options, "--run_dir", "cut")
-    output = again.communicate(timeout=240)[0]
+    with ended(slurm.submit(*options, "--run_dir", "cut")) as again:
+        output = again.communicate(timeout=240)[0]
     assert again.returncode == 0, output
     assert_same_training(last, tmp_path / "plain" / "checkpoints" / "last.ckpt")
     assert not list(tmp_path.rglob("hpc_ckpt*"))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from ddpm_lightning.data.cache import (
 )
 from ddpm_lightning.data.sources import open_source
 from ddpm_lightning.errors import InputError
+from tests.command_line import ended
 
 NUM_IMAGES = 30  # more than one block of images per thread
 
@@ -250,8 +252,9 @@ def test_unusable_source_is_no_broken_image(tmp_path: Path, on_error: OnError) -
 
 def test_three_processes_build_once(tmp_path: Path, folder: Path) -> None:
     log = tmp_path / "log"
-    processes = [build_elsewhere(folder, log, 0.02) for _ in range(3)]
-    hashes = [process.communicate(timeout=60)[0] for process in processes]
+    with ExitStack() as stack:
+        processes = [stack.enter_context(ended(build_elsewhere(folder, log, 0.02))) for _ in "123"]
+        hashes = [process.communicate(timeout=60)[0] for process in processes]
     assert len(set(hashes)) == 1
     assert hashes[0].strip() == build(folder).sha256
     assert sorted(map(int, log.read_text().split())) == list(range(NUM_IMAGES))
@@ -260,14 +263,10 @@ def test_three_processes_build_once(tmp_path: Path, folder: Path) -> None:
 
 def test_killed_build_leaves_nothing_usable(tmp_path: Path, folder: Path) -> None:
     log = tmp_path / "log"
-    process = build_elsewhere(folder, log, 0.05)
-    try:
+    with ended(build_elsewhere(folder, log, 0.05)) as process:
         deadline = time.monotonic() + 120
         while not log.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-    finally:
-        process.kill()
-    process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     (partial,) = (tmp_path / "cache").glob("*.partial")
     assert finished(folder) == []

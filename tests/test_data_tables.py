@@ -137,7 +137,7 @@ try:
 except InputError as error:
     print(error)
 """
-    environment = {**os.environ, "HF_HOME": str(tmp_path), **setting}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), **setting}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
     )

@@ -15,7 +15,7 @@ def can_mount() -> bool:
     if shutil.which("unshare") is None:
         return False
     trial = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
-    return subprocess.run(trial, capture_output=True, check=False).returncode == 0
+    return subprocess.run(trial, capture_output=True, check=False, timeout=60).returncode == 0
 
 
 pytestmark = pytest.mark.skipif(not can_mount(), reason="needs mount namespaces, and so root")

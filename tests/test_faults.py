@@ -30,7 +30,7 @@ from ddpm_lightning.data.batches import Batch
 from ddpm_lightning.errors import InputError, Stopped
 from ddpm_lightning.nonfinite import keep_if_bad, select
 from ddpm_lightning.runs import LOCK_NAME, RunLock
-from tests.command_line import TINY, run_here, tree
+from tests.command_line import TINY, ended, run_here, tree
 from tests.fit_process import kill_when_there, start_fit
 from tests.malicious import Malicious
 from tests.training import (
@@ -378,17 +378,17 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
         f"lock = RunLock(pathlib.Path({str(tmp_path)!r}))\nprint('held', flush=True)\n"
         "time.sleep(60)\n"
     )
-    with subprocess.Popen(
+    holder = subprocess.Popen(
         [sys.executable, "-c", script],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-    ) as holder:
+    )
+    with ended(holder):
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(InputError, match=f"process {holder.pid} on "):
             RunLock(tmp_path)
-        holder.kill()
     RunLock(tmp_path).release()
     assert not list(tmp_path.iterdir())
 

@@ -34,7 +34,7 @@ from ddpm_lightning.samplers import (
     HeunSampler,
     Sampler,
 )
-from tests.command_line import TINY, Result, run_here, run_process, start_process, tree
+from tests.command_line import TINY, Result, ended, run_here, run_process, start_process, tree
 from tests.extractors import Small, small
 from tests.malicious import Malicious
 from tests.test_bad_input import assert_refused
@@ -526,13 +526,13 @@ def test_ctrl_c(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "run/checkpoints/step=10.ckpt").unlink()
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     arguments = options("run", "--watch", "--num_steps", 4, "--num_images", N)
-    process = start_process(here, *arguments)
-    deadline = time.monotonic() + 120
-    while not (here / "run/fid_sweep/sweep.png").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.5)
-    os.kill(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    with ended(start_process(here, *arguments)) as process:
+        deadline = time.monotonic() + 120
+        while not (here / "run/fid_sweep/sweep.png").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert out.endswith("records and curves: run/fid_sweep\n")

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ddpm_lightning.metrics.reference import (
     reference_of,
     save_reference,
 )
+from tests.command_line import ended
 from tests.extractors import image_set, images, small
 from tests.malicious import Malicious
 
@@ -165,16 +167,19 @@ pictures = image_set(folder / sys.argv[1], images(30))
 found = reference.reference_of(pictures, "pictures", small(), ["fd", "kid"], folder / "cache")
 print(found.features.moments.mean.sum().item())
 """
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(index)],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parent.parent,
-        )
-        for index in range(3)
-    ]
-    lines = [process.communicate(timeout=120)[0].split() for process in running]
+    with ExitStack() as stack:
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-c", program, str(index)],
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=Path(__file__).parent.parent,
+            )
+            for index in range(3)
+        ]
+        for process in running:
+            stack.enter_context(ended(process))
+        lines = [process.communicate(timeout=120)[0].split() for process in running]
     assert [process.returncode for process in running] == [0, 0, 0]
     assert sum("computed" in words for words in lines) == 1
     assert len({words[-1] for words in lines}) == 1

@@ -225,7 +225,12 @@ def test_data_set_on_the_hub(tmp_path: Path) -> None:
         server.fault = Hub(server)
         found = subprocess.run(
             [sys.executable, "-c", HUB, str(tmp_path / "cache")],
-            env={**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")},
+            env={
+                **os.environ,
+                "HF_HUB_OFFLINE": "0",
+                "HF_ENDPOINT": server.url,
+                "HF_HOME": str(tmp_path / "home"),
+            },
             capture_output=True,
             text=True,
             timeout=120,
