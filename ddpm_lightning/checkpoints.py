@@ -257,6 +257,33 @@ def check_same_model(checkpoint: dict[str, Any], ours: dict[str, Any], path: str
             )
 
 
+def check_same_optimizer(
+    checkpoint: dict[str, Any], ours: torch.optim.Optimizer, path: str | Path
+) -> None:
+    """Refuse a checkpoint whose optimizer is of another kind: what it keeps would mean nothing.
+
+    A checkpoint does not say which it was. Options tell most kinds apart; a later version of the
+    same one may have more of them.
+
+    Raises:
+        InputError: Each of the two has options that the other has not.
+    """
+    try:
+        groups = [
+            group for state in checkpoint["optimizer_states"] for group in state["param_groups"]
+        ]
+        theirs = set().union(*groups) - {"params", "initial_lr"}
+    except (KeyError, TypeError):
+        return  # it cannot be restored at all, which is told then
+    mine = set().union(*ours.param_groups) - {"params", "initial_lr"}
+    if theirs - mine and mine - theirs:
+        raise InputError(
+            f"{path}: written by another optimizer than {type(ours).__name__}, one that has "
+            f"{', '.join(sorted(theirs - mine))}; give its --model.optimizer, or the run's own "
+            "config.yaml with --config"
+        )
+
+
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Join the keys of nested dictionaries by dots."""
     flat: dict[str, Any] = {}

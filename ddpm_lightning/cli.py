@@ -26,7 +26,7 @@ from ddpm_lightning.callbacks import (
 )
 from ddpm_lightning.callbacks.run_logger import RunLogger
 from ddpm_lightning.callbacks.shared import find_callback
-from ddpm_lightning.checkpoints import check_same_model, load_checkpoint
+from ddpm_lightning.checkpoints import check_same_model, check_same_optimizer, load_checkpoint
 from ddpm_lightning.commands.clusters import cluster_plugins
 from ddpm_lightning.commands.faults import go_on_command, told_in_one_line
 from ddpm_lightning.commands.options import LineErrors
@@ -236,7 +236,9 @@ class CLI(LightningCLI):
         if fid is not None and fid.every_n_steps:
             fid.check(self.model, find_callback(self.trainer, EMA))
         with refusals_of("--model.optimizer"):
-            self.model.make_optimizer()
+            optimizer = self.model.make_optimizer()
+        if self.checkpoint is not None:
+            check_same_optimizer(self.checkpoint, optimizer, self.ckpt_path or "")
         step = self.checkpoint["global_step"] if self.checkpoint else 0
         is_new = self.run is not None and self.run.newest_checkpoint() is None
         if is_new and 0 <= self.trainer.max_steps <= step:

@@ -361,6 +361,13 @@ def test_another_network_is_named_by_the_key_that_differs(here: Path) -> None:
     )
 
 
+def test_another_optimizer_is_refused(here: Path) -> None:
+    line = "fit --config tiny.yaml --trainer.max_steps 12 --ckpt_path whole.ckpt --model.optimizer"
+    for name, lr in (("ddpm_lightning.Muon", 0.01), ("torch.optim.SGD", 0.1)):
+        told = f"whole.ckpt: written by another optimizer than {name.rpartition('.')[2]}, one that"
+        refuse(here, f"{line} {name} --model.optimizer.lr {lr}", told, "give its --model.optimizer")
+
+
 # --- sample --------------------------------------------------------------------------------------
 
 
