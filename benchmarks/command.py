@@ -1,7 +1,6 @@
 """What `fit` and sampling add to what cannot be avoided."""
 
 import inspect
-import os
 import subprocess
 import sys
 import tempfile
@@ -29,22 +28,12 @@ SHORT = 5
 """Times as many rounds, of short turns: the machine's speed drifts by more than these targets."""
 
 
-class EndsAtFirstStep(Callback):
-    """Ends the process after the first step, without what a run does at its end."""
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """End it."""
-        os._exit(0)
-
-
 def start(runs: int, budget: float) -> Row:
     """Compare the time to the first step of the digits experiment with that of bare imports."""
     with tempfile.TemporaryDirectory() as folder:
 
         def fit() -> None:
-            callback = "--trainer.callbacks=benchmarks.command.EndsAtFirstStep"
+            callback = "--trainer.callbacks=benchmarks.first_step.EndsAtFirstStep"
             options = ["fit", f"--run_dir={tempfile.mkdtemp(dir=folder)}/run", callback]
             _call("-m", "ddpm_lightning", *options)
 

@@ -1,4 +1,4 @@
-"""How cost grows with size: `python -m benchmarks.growth` draws docs/growth.png."""
+"""How cost grows with size: `python -m benchmarks.growth` draws docs/growth.png and keeps rows."""
 
 import argparse
 import tempfile
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.harness import PAGE, Action, seconds_of
+from benchmarks.harness import PAGE, Action, Row, keep, make_row, seconds_of, text_of
 from benchmarks.memory import MEGABYTE, peak
 from benchmarks.training import OurStep, make_pixels
 from ddpm_lightning import UNet
@@ -32,6 +32,7 @@ class Chart(NamedTuple):
     """What grows, and with what.
 
     Attributes:
+        row: Of the table.
         name: Of the size.
         unit: Of the cost.
         cost: Gives it for a size, in a process of its own.
@@ -39,6 +40,7 @@ class Chart(NamedTuple):
         power: The work is proportional to the size to this power.
     """
 
+    row: str
     name: str
     unit: str
     cost: Callable[[int], float]
@@ -109,12 +111,22 @@ def of_streamed(num_images: int) -> float:
 
 
 CHARTS = (
-    Chart("batch", "seconds a step", of_batch, (4, 8, 16, 32, 64), 1),
-    Chart("side in pixels", "seconds a step", of_side, (8, 16, 32, 64), 2),
-    Chart("base channels", "seconds a step", of_channels, (32, 64, 128, 256), 2),
-    Chart("images judged", "seconds", of_judged, (64, 128, 256, 512, 1024), 1),
-    Chart("images of a stream", "MB", of_streamed, (10_000, 40_000, 160_000), 1),
+    Chart("growth-batch", "batch", "seconds a step", of_batch, (4, 8, 16, 32, 64), 1),
+    Chart("growth-side", "side in pixels", "seconds a step", of_side, (8, 16, 32, 64), 2),
+    Chart("growth-channels", "base channels", "seconds a step", of_channels, (32, 64, 128, 256), 2),
+    Chart("growth-judged", "images judged", "seconds", of_judged, (64, 128, 256, 512, 1024), 1),
+    Chart("growth-stream", "images of a stream", "MB", of_streamed, (10_000, 40_000, 160_000), 1),
 )
+
+
+def row_of(chart: Chart, costs: Sequence[float]) -> Row:
+    """Fit the power of the size with which the cost grows, and compare it with the work's."""
+    power = float(np.polyfit(np.log(chart.sizes), np.log(costs), 1)[0])
+    first, last = chart.sizes[0], chart.sizes[-1]
+    what = f"power of the {chart.name}, {first:,} to {last:,}, by which {chart.unit} grow"
+    return make_row(
+        chart.row, f"{what}; against the work's", "", [(power, chart.power)], "at most", 1
+    )
 
 
 def draw(costs: Sequence[Sequence[float]]) -> None:
@@ -134,16 +146,19 @@ def draw(costs: Sequence[Sequence[float]]) -> None:
 
 
 def main() -> None:
-    """Measure, print and draw."""
+    """Measure, print, draw and keep."""
     argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__).parse_args()
+    torch.set_num_threads(1)  # as the processes that are measured
     costs: list[list[float]] = []
     for chart in CHARTS:
         costs.append([])
         for size in chart.sizes:
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
                 costs[-1].append(pool.submit(chart.cost, size).result())
             print(f"{chart.name} {size}: {costs[-1][-1]:.3g} {chart.unit}", flush=True)
+        print(text_of(row_of(chart, costs[-1])), flush=True)
     draw(costs)
+    keep([row_of(chart, found) for chart, found in zip(CHARTS, costs, strict=True)])
 
 
 if __name__ == "__main__":

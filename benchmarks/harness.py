@@ -168,7 +168,7 @@ def keep(rows: Sequence[Row]) -> None:
     names = {row.name for row in rows}
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
     machine = {
-        "machine": platform.machine(),
+        "machine": _processor(),
         "threads": threads,
         "load": round(load, 1),
         "date": time.strftime("%Y-%m-%d"),
@@ -214,6 +214,14 @@ def table_of(results: Sequence[dict[str, Any]]) -> str:
 
 def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _processor() -> str:
+    """Name the processor, where Linux tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {platform.machine()}" if names else platform.machine()
 
 
 def _version(package: str) -> str:

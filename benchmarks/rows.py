@@ -8,6 +8,7 @@ from benchmarks.harness import Row
 QUICK = {
     "data-map": ("data:data_map", 1.0),
     "data-stream-png": ("data:data_stream_png", 1.0),
+    "data-stream-png-own": ("data:data_stream_png_own", 1.0),
     "data-stream-raw": ("data:data_stream_raw", 1.0),
     "start": ("command:start", 2.0),
     "trainer-cost": ("command:trainer_cost", 3.0),

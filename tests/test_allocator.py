@@ -31,7 +31,8 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc
 
 
 def count(**environment: str) -> tuple[str, int]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    theirs = ("MALLOC_", "GLIBC_TUNABLES")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
     output = subprocess.run(
         [sys.executable, "-c", COUNT],
         env=clean | environment,
@@ -48,6 +49,7 @@ def test_freed_memory_is_kept_unless_the_user_has_settings() -> None:
     is_kept, kept = count()
     is_left, left = count(MALLOC_ARENA_MAX="2")
     assert (is_kept, is_left) == ("True", "False")
+    assert count(GLIBC_TUNABLES="glibc.malloc.arena_max=2")[0] == "False"
     assert left > 20 * max(kept, 1)
 
 

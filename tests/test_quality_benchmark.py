@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import quality
-from tests.command_line import TINY
+from tests.command_line import TINY, tree
 
 
 @pytest.mark.slow
@@ -26,7 +26,9 @@ def test_distances_of_few_evaluations(
     assert sorted(found) == [("ddim", 5), ("ddim", 10), ("ddpm", 15), ("heun", 4)]
     assert all(distance > 0 for distance in found.values())
     (run / "checkpoints/step=10.ckpt").unlink()
+    records = tree(run / "evaluations/records")
     assert quality.distances(run) == found  # neither trained nor judged again
+    assert tree(run / "evaluations/records") == records
     assert not (run / "checkpoints/step=10.ckpt").exists()
 
 

@@ -19,9 +19,12 @@ def keep_freed_memory() -> bool:
     go back.
 
     Returns:
-        Whether it does so now: not without glibc, and not where the user has set MALLOC_ variables.
+        Whether it does so now: not without glibc, and not where the user has set MALLOC_ variables
+        or tunables of malloc.
     """
-    if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):
+    is_set = any(name.startswith("MALLOC_") for name in os.environ)
+    is_set |= "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
+    if is_set or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
     # both: once one is set, glibc no longer adapts the other
