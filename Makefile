@@ -21,7 +21,7 @@ test: $(VENV)/installed-test  ## the tests, without a network, in a quarter of a
 	$(PYTEST) -n auto -m "not slow"
 
 test-slow: $(VENV)/installed-test  ## the rest: full-size networks and long runs
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --timeout 7200 --override-ini faulthandler_timeout=7190
 
 benchmark: $(VENV)/installed-benchmark  ## rows beside peers, within half an hour on two quiet cores; docs/benchmarks.md
 	$(BIN)/python -m benchmarks
