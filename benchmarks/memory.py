@@ -94,7 +94,10 @@ def memory(runs: int, budget: float) -> Row:
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 sizes.append(pool.submit(megabytes_of, is_ours).result())
         rounds.append((sizes[0], sizes[1]))
-    what = "peak memory of a step over that before it, 256x256 network, batch 1, checkpointing"
+    what = (
+        "peak memory of a step over that before it, 256x256 network alone, without `fit`'s "
+        "settings of the C library, batch 1, checkpointing"
+    )
     return make_row("memory", what, "MB", rounds, "at most", 0.5)
 
 
@@ -105,5 +108,8 @@ def memory_time(runs: int, budget: float) -> Row:
         own_process(NetworkStep, True, False) as plain,
     ):
         rounds = alternate(lambda: ours(1), lambda: plain(1), runs, budget)
-    what = "the same network's step with checkpointing against ours without"
+    what = (
+        "the same network's step with checkpointing against ours without, both without those "
+        "settings"
+    )
     return make_row("memory-time", what, "s", rounds, "at most", 1.35)
