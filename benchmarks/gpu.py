@@ -5,6 +5,7 @@ Not measured yet: it was written where there is no GPU, and run on a CPU with sm
 
 import argparse
 import sys
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.command import sampling
 from benchmarks.harness import Action, Row, alternate, make_row, own_process, rates, text_of
 from benchmarks.peers import DiffusersStep
-from benchmarks.training import CIFAR10, SMALL, OurStep, make_pixels
+from benchmarks.training import CIFAR10, LEARNING_RATE, SMALL, OurStep, make_pixels
 from ddpm_lightning import UNet
 from tests.parity.networks import diffusers_unet
 
@@ -25,8 +26,8 @@ SHAPES = (
 """Row, network, batch, size of the images, target."""
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
 PEER = "peer"
-WAYS = ("plain", "channels-last", "compiled")
-"""Of ours: as `fit` has it by default, with its option channels_last, and with compile."""
+WAYS = ("plain", "channels-last", "fused", "compiled")
+"""Of ours: as `fit` has it by default, and with its options channels_last, fused Adam, compile."""
 NUM_STEPS = 10
 """Between two waits for the device."""
 
@@ -61,7 +62,8 @@ def steps(
         net.to(memory_format=torch.channels_last)
     if way == "compiled":
         net.compile()
-    step = OurStep(net, pixels, batch_size, device, dtype)
+    adam = partial(torch.optim.Adam, lr=LEARNING_RATE, fused=True if way == "fused" else None)
+    step = OurStep(net, pixels, batch_size, device, dtype, adam)
     never_waits(step, device)
     return waiting(step, NUM_STEPS, device)
 
