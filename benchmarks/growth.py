@@ -150,15 +150,17 @@ def main() -> None:
     argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__).parse_args()
     torch.set_num_threads(1)  # as the processes that are measured
     costs: list[list[float]] = []
+    rows: list[Row] = []
     for chart in CHARTS:
         costs.append([])
         for size in chart.sizes:
             with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
                 costs[-1].append(pool.submit(chart.cost, size).result())
             print(f"{chart.name} {size}: {costs[-1][-1]:.3g} {chart.unit}", flush=True)
-        print(text_of(row_of(chart, costs[-1])), flush=True)
+        rows.append(row_of(chart, costs[-1]))
+        print(text_of(rows[-1]), flush=True)
     draw(costs)
-    keep([row_of(chart, found) for chart, found in zip(CHARTS, costs, strict=True)])
+    keep(rows)
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def text_of(row: Row) -> str:
     """Lay a row out for the screen."""
     verdict = "met" if row.is_met else "MISSED"
     return (
-        f"{row.name}: {_figure(row.ours)} against {_figure(row.peer)} {row.unit}: "
+        f"{row.name}: {_figure(row.ours)} against {_with_unit(row.peer, row.unit)}: "
         f"ratio {row.ratio:.3f}, target {row.bound} {row.target:g} ({verdict}, {row.runs} runs)"
     )
 
@@ -204,7 +204,7 @@ def table_of(results: Sequence[dict[str, Any]]) -> str:
         verdict = "" if item["is_met"] else ", **missed**"
         note = " (provisional)" if item["is_provisional"] else ""
         lines.append(
-            f"| {item['name']} | {item['what']} | {_figure(item['ours'])} {item['unit']} | "
+            f"| {item['name']} | {item['what']} | {_with_unit(item['ours'], item['unit'])} | "
             f"{_figure(item['peer'])} | {item['ratio']:.3g} | "
             f"{item['bound']} {item['target']}{verdict} | {item['runs']} | "
             f"{item['threads']}, {item['load']}{note} |"
@@ -214,6 +214,10 @@ def table_of(results: Sequence[dict[str, Any]]) -> str:
 
 def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _with_unit(value: float, unit: str) -> str:
+    return f"{_figure(value)} {unit}".rstrip()  # a power has none
 
 
 def _processor() -> str:

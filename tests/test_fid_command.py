@@ -283,13 +283,11 @@ def test_a_killed_sweep_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     arguments = options("run", "--weights", "ema,raw", "--num_steps", "10,20")
     arguments += ("--num_images", 100, "--batch_size", 10, "--out")
-    process = start_process(here, *arguments, "killed")
-    deadline = time.monotonic() + 120
     records = here / "killed/records"
-    while not list(records.glob("step*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.communicate(timeout=60)
+    with ended(start_process(here, *arguments, "killed")):
+        deadline = time.monotonic() + 120
+        while not list(records.glob("step*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
     done = {name: entry for name, entry in tree(records).items() if ".part" not in name}
     assert 0 < len(done) < 8
     result = run_here(here, *arguments, "killed")

@@ -23,7 +23,16 @@ from ddpm_lightning.samplers import (
     HeunSampler,
     Sampler,
 )
-from tests.command_line import Result, grey_pixels, run_here, run_well, start_process, train, tree
+from tests.command_line import (
+    Result,
+    ended,
+    grey_pixels,
+    run_here,
+    run_well,
+    start_process,
+    train,
+    tree,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -235,13 +244,11 @@ def test_goes_on_where_it_stopped(here: Path, checkpoint: Path) -> None:
 
 def test_a_killed_process_is_completed(here: Path, checkpoint: Path) -> None:
     options = (checkpoint, "--num_images", 96, "--batch_size", 4, "--out")
-    process = start_process(here, "sample", *options, "killed", "--accelerator", "cpu")
     first = here / "killed" / "000000.png"
-    deadline = time.monotonic() + 120
-    while not first.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.communicate(timeout=60)
+    with ended(start_process(here, "sample", *options, "killed", "--accelerator", "cpu")):
+        deadline = time.monotonic() + 120
+        while not first.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
     num_done = len(list((here / "killed").glob("0*.png")))
     assert 0 < num_done < 96
     assert not (here / "killed/grid.png").exists()
