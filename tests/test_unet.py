@@ -198,7 +198,7 @@ def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.75])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.75, 1 - 2**-17])
 def test_dropout_is_torchs_but_for_the_draws(p: float, dtype: torch.dtype) -> None:
     ours, theirs = Dropout(p), nn.Dropout(p)
     x = torch.rand(4, 64, 32, 32, dtype=dtype).add_(0.5).requires_grad_()
@@ -220,6 +220,15 @@ def test_dropout_is_torchs_but_for_the_draws(p: float, dtype: torch.dtype) -> No
     assert torch.equal(ours(x), outputs[0])  # keyed by the seed,
     assert p == 0 or not torch.equal(ours(x), outputs[0])  # and drawn anew each time
     assert ours.eval()(x) is x
+
+
+def test_dropout_keeps_to_a_probability_below_its_smallest_step() -> None:
+    torch.manual_seed(0)
+    p, x, calls = 2**-18, torch.ones(250_001), 400
+    dropped = [(Dropout(p)(x) == 0).sum().item() for _ in range(calls)]
+    # its bound is 1 in a quarter of the calls, which drop 2**-16 of their values: 3.8 each
+    assert 0.7 * p < sum(dropped) / (calls * len(x)) < 1.3 * p
+    assert 60 < sum(count > 0 for count in dropped) < 140
 
 
 def test_dropout_keeps_the_layout() -> None:

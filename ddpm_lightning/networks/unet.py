@@ -65,11 +65,16 @@ class Dropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         """Drop values of a tensor of any shape."""
         is_torchs = input.device.type != "cpu" or torch.compiler.is_compiling()
-        if not self.training or not self.p or is_torchs:
+        has_bound = 0 < self.p < 1 - 2**-16  # in 16 bits
+        if not self.training or not has_bound or is_torchs:
             return super().forward(input)
-        # 31 random bits a value: the probability is as exact as a float32
-        bits = torch.empty_like(input, dtype=torch.int32).random_()
-        mask = (bits >= round(self.p * 2**31)).to(input.dtype)
+        # 16 random bits a value, against a bound that is rounded up or down by chance, by which
+        # each value is dropped with the very probability that was asked for
+        words = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        mask = torch.empty_like(input)
+        bits = words.view(torch.int16).as_strided(mask.shape, mask.stride())
+        bound = math.floor(self.p * 2**16 + torch.rand(()).item()) - 2**15
+        mask.copy_(bits >= bound)
         return input * mask.mul_(1 / (1 - self.p))
 
 
@@ -183,9 +188,13 @@ class Upsample(nn.Module):
         """Map [N, C, H, W] to [N, C, 2H, 2W]."""
         # Repetition is a transposed convolution with 2x2 ones, and two convolutions in a row are
         # one, whose kernel is theirs convolved: 4 products for each output instead of 9.
-        kernel = self.conv.weight.flip(2, 3)
+        weight = self.conv.weight
+        is_last = weight.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if is_last else torch.contiguous_format
+        # in the layout that the convolution wants: it would copy all 16 values instead of these 9
+        kernel = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=layout)
         kernel = F.avg_pool2d(kernel, 2, stride=1, padding=1, divisor_override=1)  # sums
-        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.conv.bias, stride=2, padding=1)
+        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 
     def lean(self, x: Tensor) -> Tensor:
         """Do so; in pieces, the nine products take less memory than the four."""
