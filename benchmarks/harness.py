@@ -205,7 +205,7 @@ def table_of(results: Sequence[dict[str, Any]]) -> str:
         note = " (provisional)" if item["is_provisional"] else ""
         lines.append(
             f"| {item['name']} | {item['what']} | {_with_unit(item['ours'], item['unit'])} | "
-            f"{_figure(item['peer'])} | {item['ratio']:.3g} | "
+            f"{_figure(item['peer'])} | {item['ratio']:.4g} | "
             f"{item['bound']} {item['target']}{verdict} | {item['runs']} | "
             f"{item['threads']}, {item['load']}{note} |"
         )
