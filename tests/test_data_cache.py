@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from ddpm_lightning.data.cache import (
     default_cache_dir,
     open_images,
 )
+from ddpm_lightning.data.decoding import THREADS
 from ddpm_lightning.data.sources import open_source
 from ddpm_lightning.errors import InputError
 from tests.command_line import ended
@@ -37,6 +39,7 @@ import sys, time
 from pathlib import Path
 from ddpm_lightning.data.cache import open_images
 from ddpm_lightning.data.items import Source
+from ddpm_lightning.data.decoding import THREADS
 from ddpm_lightning.data.sources import open_source
 
 folder, cache_dir, log, seconds = sys.argv[1:]
@@ -213,6 +216,8 @@ def test_broken_image(folder: Path, caplog: pytest.LogCaptureFixture, kind: str)
     assert str(caught.value).startswith(f"{broken} cannot be decoded: ")
     assert str(caught.value).endswith("by --data.on_error skip")
     assert "\n" not in str(caught.value)
+    # its traceback lives on, but no thread that a garbage collector would have to wait for
+    assert not [one for one in threading.enumerate() if one.name.startswith(THREADS)]
     with caplog.at_level(logging.WARNING):
         cached = build(folder, on_error="skip")
     assert (cached.num_skipped, cached.skipped_names) == (1, (str(broken),))

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import shutil
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -183,16 +183,16 @@ def _write_images(
     digest = hashlib.sha256()
     first: tuple[str, Pixels] | None = None
     skipped: dict[int, str] = {}
-    decoded = tqdm(
-        decode_split(split, size, channels),
-        desc=f"Decoding {label}",
-        total=len(split),
-        unit=" images",
-        delay=2,  # seconds: what is done at once needs no bar
-        **bar_options(),
-    )
-    with path.open("wb") as file:
-        for index, pixels in enumerate(decoded):
+    with closing(decode_split(split, size, channels)) as decoded, path.open("wb") as file:
+        shown = tqdm(
+            decoded,
+            desc=f"Decoding {label}",
+            total=len(split),
+            unit=" images",
+            delay=2,  # seconds: what is done at once needs no bar
+            **bar_options(),
+        )
+        for index, pixels in enumerate(shown):
             name = split.name(index)
             if isinstance(pixels, BrokenImage):
                 if on_error == "stop":

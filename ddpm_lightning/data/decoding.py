@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -15,6 +15,8 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import Pixels
 
 _NUM_THREADS = min(16, os.cpu_count() or 1)
+THREADS = "decoding"
+"""What the names of the threads begin with."""
 _BLOCK_SIZE = 8  # images a thread takes at once, so that small ones are worth the handing over
 
 
@@ -24,7 +26,7 @@ class BrokenImage(ValueError):
 
 def decode_split(
     split: Split, size: tuple[int, int] | None, channels: int | None
-) -> Iterator[Pixels | BrokenImage]:
+) -> Generator[Pixels | BrokenImage, None, None]:
     """Decode every image by the rule of `images.convert`.
 
     Args:
@@ -33,7 +35,9 @@ def decode_split(
         channels: 1, 3, or None to keep each image's own.
 
     Yields:
-        For each image of the split, in order, uint8 [C, H, W], or why there is none.
+        For each image of the split, in order, uint8 [C, H, W], or why there is none. Who may leave
+        before the end has to close this (`contextlib.closing`): a garbage collector would do so in
+        any thread, where waiting for the decoding ones may never end.
 
     Raises:
         InputError: The whole source is unusable.
@@ -47,7 +51,7 @@ def decode_split(
         ]
 
     pending: deque[Future[list[Pixels | BrokenImage]]] = deque()
-    with warnings.catch_warnings(), ThreadPoolExecutor(_NUM_THREADS) as threads:
+    with warnings.catch_warnings(), ThreadPoolExecutor(_NUM_THREADS, THREADS) as threads:
         # An odd file that decodes all the same is used; thousands of warnings would help nobody.
         warnings.filterwarnings("ignore", module="PIL")
         for start in range(0, len(split), _BLOCK_SIZE):

