@@ -39,7 +39,6 @@ import sys, time
 from pathlib import Path
 from ddpm_lightning.data.cache import open_images
 from ddpm_lightning.data.items import Source
-from ddpm_lightning.data.decoding import THREADS
 from ddpm_lightning.data.sources import open_source
 
 folder, cache_dir, log, seconds = sys.argv[1:]
