@@ -6,9 +6,11 @@ Only the standard library is imported here; torch and Lightning wait until a com
 import sys
 from difflib import get_close_matches
 from importlib import import_module
+from typing import NoReturn
 
 from ddpm_lightning import __version__
 from ddpm_lightning.commands.allocator import keep_freed_memory
+from ddpm_lightning.peers import end_process
 
 COMMANDS = {
     "fit": ("ddpm_lightning.cli:main", "train; with no option at all, on handwritten digits"),
@@ -87,5 +89,10 @@ def main() -> int:
     return status
 
 
+def run() -> NoReturn:
+    """End this process with the status of the command that sys.argv names."""
+    end_process(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

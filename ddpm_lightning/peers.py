@@ -6,6 +6,7 @@ time-out of a collective is 30 minutes, since some waits are meant. So every ran
 to rank 0, which the kernel closes when a process ends, in whatever way. Rank 0 tells the others.
 """
 
+import atexit
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
+from typing import NoReturn
 
 from ddpm_lightning.errors import Stopped
 
@@ -58,6 +60,22 @@ def end_with_parent() -> None:
 
     if "LOCAL_RANK" in os.environ:
         threading.Thread(target=watch, daemon=True, name="parent").start()
+
+
+def end_process(status: int) -> NoReturn:
+    """End this process with an exit status; one with a process group as it stands.
+
+    gloo's threads let go of a collective's tensors some time after it is done. Where the
+    interpreter is being torn down by then, they abort the process (torch 2.14), and launchers take
+    a success for a death. `destroy_process_group` does not wait for them where DDP holds the group.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """How ranks watch each other, in one process; tests/test_dying.py has real deaths."""
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -66,3 +68,34 @@ def test_a_rank_that_gives_up_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
             Spoke(2, (["127.0.0.1"], server.getsockname()[1], token.hex()))
         thread.join(timeout=30)
     assert b"".join(heard) == token + (2).to_bytes(4) + LEAVES
+
+
+RANK = """
+import atexit
+import torch
+import torch.distributed as dist
+from ddpm_lightning.peers import end_process
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+{last}
+end_process(3)
+"""
+ADDS = "for _ in range(300): dist.all_reduce(torch.zeros(1_000_000), async_op=True)"
+SAYS = "atexit.register(print, 'let go'); print('done')"
+
+
+@pytest.mark.parametrize(
+    ("last", "output"), [(ADDS, ""), (SAYS, "done\nlet go\n")], ids=["adds", "says"]
+)
+def test_a_rank_ends_with_its_status(last: str, output: str) -> None:
+    """By sys.exit it would abort while gloo is busy with sums: 8 times of 8."""
+    command = [sys.executable, "-c", RANK.format(last=last)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (3, output, "")
+
+
+def test_a_process_without_others_ends_as_any() -> None:
+    with pytest.raises(SystemExit) as ended:
+        peers.end_process(2)
+    assert ended.value.code == 2
