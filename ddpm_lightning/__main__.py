@@ -10,7 +10,6 @@ from typing import NoReturn
 
 from ddpm_lightning import __version__
 from ddpm_lightning.commands.allocator import keep_freed_memory
-from ddpm_lightning.peers import end_process
 
 COMMANDS = {
     "fit": ("ddpm_lightning.cli:main", "train; with no option at all, on handwritten digits"),
@@ -91,7 +90,10 @@ def main() -> int:
 
 def run() -> NoReturn:
     """End this process with the status of the command that sys.argv names."""
-    end_process(main())
+    status = main()
+    from ddpm_lightning.peers import end_process  # commands have it already; --help waits for none
+
+    end_process(status)
 
 
 if __name__ == "__main__":
