@@ -3,11 +3,14 @@
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -557,6 +560,34 @@ def test_a_signal_between_two_waits_ends_the_next(make: Make, streams: Path) -> 
     loader.end_wait()
     with pytest.raises(StreamLost, match="a signal ended the wait"):
         next(batches)
+
+
+def test_a_signal_amid_a_handover_leaves_the_workers_quiet(
+    make: Make, streams: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A worker hands over shared memory by a handshake; broken off, its end shows a traceback."""
+    data = make(streams / "tar")
+    data.num_workers = 2
+    loader = data.train_dataloader()
+    assert isinstance(loader, StreamLoader)
+    batches = iter(loader)
+    next(batches)  # the workers are there
+    answered = connection.deliver_challenge
+
+    def interrupt(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        answered(*arguments)
+
+    monkeypatch.setattr(connection, "deliver_challenge", interrupt)
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: loader.end_wait())
+    try:
+        with pytest.raises(StreamLost, match="a signal ended the wait"):
+            for _ in batches:
+                pass
+        time.sleep(1)  # a worker that complains has done so
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("kind", KINDS)

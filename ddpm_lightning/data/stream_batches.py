@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from multiprocessing.pool import ThreadPool
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -190,8 +192,8 @@ class StreamLost(StreamError, SharedError):
     """A rank cannot read on, and all of them have stopped before the same step."""
 
 
-class _WaitEnded(Exception):
-    """A signal came while the next step's images were waited for."""
+# a step's images, each micro-batch in parts; or why there are none
+_Arrived = list[list[Batch]] | Exception
 
 
 class StreamLoader(DataLoader[Batch]):
@@ -224,8 +226,7 @@ class StreamLoader(DataLoader[Batch]):
         self._num_parts = max(1, num_workers)
         self._accumulate = accumulate
         self._pin = pin_memory
-        self._is_waiting = False
-        self._is_ended = False
+        self._arrived: SimpleQueue[_Arrived] = SimpleQueue()
         # on the host, so that nobody waits for a device
         self._ranks: dist.ProcessGroup | None = None
         if dist.is_initialized():
@@ -247,25 +248,22 @@ class StreamLoader(DataLoader[Batch]):
             StreamLost: The stream cannot be read on, by this rank or another; or see `end_wait`.
         """
         parts = super().__iter__()
-        while True:
-            batches: list[Batch] = []
-            failure = ""
-            try:
-                self._is_waiting = True
-                if self._is_ended:
-                    raise _WaitEnded
-                try:
-                    batches = [self._join(parts) for _ in range(self._accumulate)]
-                except StreamError as error:
-                    failure = str(error)
-                self._is_waiting = False
-            except _WaitEnded:  # in whichever line above the signal came, that of the error too
-                failure = "a signal ended the wait for images of the stream"
-            finally:
-                self._is_waiting = False
-            if failure := self._first_of_all_ranks(failure):
-                raise StreamLost(failure)
-            yield from batches
+        asked: SimpleQueue[bool] = SimpleQueue()
+        self._arrived = SimpleQueue()
+        Thread(target=self._fetch, args=(parts, asked, self._arrived), daemon=True).start()
+        try:
+            while True:
+                asked.put(True)
+                arrived = self._arrived.get()
+                if isinstance(arrived, Exception) and not isinstance(arrived, StreamError):
+                    raise arrived
+                failure = str(arrived) if isinstance(arrived, StreamError) else ""
+                if failure := self._first_of_all_ranks(failure):
+                    raise StreamLost(failure)
+                assert isinstance(arrived, list)
+                yield from map(self._join, arrived)
+        finally:
+            asked.put(False)
 
     def end_wait(self) -> None:
         """Wait for images no more, which may take minutes: for the handler of a signal.
@@ -273,22 +271,40 @@ class StreamLoader(DataLoader[Batch]):
         Where none are waited for, the next wait ends at once: until the step is over in which the
         ranks would agree to stop, a server may have begun to hang.
         """
-        self._is_ended = True
-        if self._is_waiting:
-            self._is_waiting = False  # once: a second signal finds nothing to end
-            raise _WaitEnded
+        self._arrived.put(StreamError("a signal ended the wait for images of the stream"))
 
-    def _join(self, parts: Iterator[Batch | InputError]) -> Batch:
-        """Make a batch of what the workers give; raise what one of them could not help."""
-        joined = []
+    def _fetch(
+        self,
+        parts: Iterator[Batch | InputError],
+        asked: SimpleQueue[bool],
+        arrived: SimpleQueue[_Arrived],
+    ) -> None:
+        """Hand over a step's images each time they are asked for: what a thread of its own does.
+
+        A signal thus ends a wait for a queue, which is made for that. Raised where it finds the
+        main thread, an exception may come amid a handshake with a worker, which complains.
+        """
+        while asked.get():
+            try:
+                arrived.put([self._take(parts) for _ in range(self._accumulate)])
+            except Exception as error:
+                arrived.put(error)
+
+    def _take(self, parts: Iterator[Batch | InputError]) -> list[Batch]:
+        """Take a batch's parts from the workers; raise what one of them could not help."""
+        taken = []
         for part in islice(parts, self._num_parts):
             if isinstance(part, InputError):
                 raise part
-            joined.append(part)
-        if len(joined) == 1 and not self._pin:
-            return joined[0]  # no copy
-        images = torch.cat([part.images for part in joined])
-        positions = np.concatenate([part.positions for part in joined])
+            taken.append(part)
+        return taken
+
+    def _join(self, parts: list[Batch]) -> Batch:
+        """Make a batch of its parts: in the main thread, whose GPU the pinned memory is for."""
+        if len(parts) == 1 and not self._pin:
+            return parts[0]  # no copy
+        images = torch.cat([part.images for part in parts])
+        positions = np.concatenate([part.positions for part in parts])
         return Batch(images.pin_memory() if self._pin else images, positions)
 
     def _first_of_all_ranks(self, failure: str) -> str:
