@@ -26,6 +26,7 @@ from ddpm_lightning.metrics.features import make_extractor
 from ddpm_lightning.metrics.judge import Collector
 
 ROWS_PER_GROUP = 100
+NUM_TURNS = 3
 
 
 class Chart(NamedTuple):
@@ -74,6 +75,7 @@ def of_channels(channels: int) -> float:
 
 def of_judged(num_images: int) -> float:
     """Give the seconds of judging so many images: features, and the sums of the distance."""
+    keep_freed_memory()
     torch.manual_seed(0)
     extractor = make_extractor("efficientnet-lite0")
     images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
@@ -119,14 +121,26 @@ CHARTS = (
 )
 
 
-def row_of(chart: Chart, costs: Sequence[float]) -> Row:
-    """Fit the power of the size with which the cost grows, and compare it with the work's."""
-    power = float(np.polyfit(np.log(chart.sizes), np.log(costs), 1)[0])
+def take_turns(chart: Chart) -> list[list[float]]:
+    """Measure all sizes, turn by turn: the machine's moods are then in each size alike."""
+    turns: list[list[float]] = []
+    for turn in range(NUM_TURNS):
+        turns.append([])
+        for size in chart.sizes:
+            with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+                turns[turn].append(pool.submit(chart.cost, size).result())
+            print(f"{chart.name} {size}: {turns[turn][-1]:.3g} {chart.unit}", flush=True)
+    return turns
+
+
+def row_of(chart: Chart, turns: Sequence[Sequence[float]]) -> Row:
+    """Fit each turn's power of the size with which the cost grows; compare it with the work's."""
+    sizes = np.log(chart.sizes)
+    powers = [float(np.polyfit(sizes, np.log(costs), 1)[0]) for costs in turns]
     first, last = chart.sizes[0], chart.sizes[-1]
     what = f"power of the {chart.name}, {first:,} to {last:,}, by which {chart.unit} grow"
-    return make_row(
-        chart.row, f"{what}; against the work's", "", [(power, chart.power)], "at most", 1
-    )
+    rounds = [(power, float(chart.power)) for power in powers]
+    return make_row(chart.row, f"{what}; against the work's", "", rounds, "at most", 1)
 
 
 def draw(costs: Sequence[Sequence[float]]) -> None:
@@ -152,12 +166,9 @@ def main() -> None:
     costs: list[list[float]] = []
     rows: list[Row] = []
     for chart in CHARTS:
-        costs.append([])
-        for size in chart.sizes:
-            with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-                costs[-1].append(pool.submit(chart.cost, size).result())
-            print(f"{chart.name} {size}: {costs[-1][-1]:.3g} {chart.unit}", flush=True)
-        rows.append(row_of(chart, costs[-1]))
+        turns = take_turns(chart)
+        costs.append([median(found) for found in zip(*turns, strict=True)])
+        rows.append(row_of(chart, turns))
         print(text_of(rows[-1]), flush=True)
     draw(costs)
     keep(rows)
