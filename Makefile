@@ -26,7 +26,7 @@ test-slow: $(VENV)/installed-test  ## the rest: full-size networks and long runs
 benchmark: $(VENV)/installed-benchmark  ## rows beside peers, within half an hour on two quiet cores; docs/benchmarks.md
 	$(BIN)/python -m benchmarks
 
-benchmark-full: $(VENV)/installed-benchmark  ## the long rows and the curves of growth too, within four hours
+benchmark-full: $(VENV)/installed-benchmark  ## the long rows and the curves of growth, within four hours
 	$(BIN)/python -m benchmarks --full
 	$(BIN)/python -m benchmarks.growth
 

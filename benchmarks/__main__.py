@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 from benchmarks.harness import keep, text_of
-from benchmarks.rows import QUICK, ROWS, measure
+from benchmarks.rows import FULL, QUICK, ROWS, measure
 
 
 def main() -> None:
@@ -15,9 +15,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--runs", type=int, default=11, help="rounds, where the row's time allows")
-    parser.add_argument("--full", action="store_true", help="the long rows too")
+    parser.add_argument("--full", action="store_true", help="the rows that take long, instead")
     options = parser.parse_args()
-    names = options.rows or (ROWS if options.full else QUICK)
+    names = options.rows or (FULL if options.full else QUICK)
     if unknown := set(names) - set(ROWS):
         parser.error(f"no row {', '.join(sorted(unknown))} (rows: {', '.join(ROWS)})")
     failed = []

@@ -1,6 +1,5 @@
 """What `fit` and sampling add to what cannot be avoided."""
 
-import inspect
 import subprocess
 import sys
 import tempfile
@@ -13,9 +12,19 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from benchmarks.harness import Action, Row, alternate, make_row, own_process, rates, seconds_of
+from benchmarks.harness import (
+    SHORT,
+    Action,
+    Row,
+    alternate,
+    make_row,
+    own_process,
+    rates,
+    seconds_of,
+    wait_for_device,
+)
 from benchmarks.peers import CPU
-from benchmarks.training import SMALL, make_pixels, our_step, write_images
+from benchmarks.training import SMALL, make_pixels, network_options, our_step, write_images
 from ddpm_lightning import DDPM, UNet
 from ddpm_lightning import __main__ as command_line
 from ddpm_lightning.commands.allocator import keep_freed_memory
@@ -24,8 +33,6 @@ from ddpm_lightning.samplers import DDPMSampler
 
 BATCH_SIZE, SIZE = 64, 28
 NUM_STEPS = 5  # of a chain
-SHORT = 5
-"""Times as many rounds, of short turns: the machine's speed drifts by more than these targets."""
 
 
 def start(runs: int, budget: float) -> Row:
@@ -78,6 +85,7 @@ class Turns(Callback):
         """End a turn, let the peer have its own, and start the next."""
         if trainer.global_step % self._steps:
             return
+        wait_for_device()
         ours = time.perf_counter() - self._start
         theirs = seconds_of(lambda: PEERS[0](self._steps))
         if self._num_turns:
@@ -88,20 +96,19 @@ class Turns(Callback):
         self._start = time.perf_counter()
 
 
-def trainer_cost(runs: int, budget: float) -> Row:
-    """Compare a step of `fit` with one of a bare loop, in processes of their own."""
-    steps = 2
+def trainer_cost(runs: int, budget: float, device: torch.device = CPU, steps: int = 2) -> Row:
+    """Compare so many steps of `fit` with those of a bare loop, in processes of their own."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        own_process(our_step, SMALL, BATCH_SIZE, SIZE) as bare,
+        own_process(our_step, SMALL, BATCH_SIZE, SIZE, False, None, device) as bare,
     ):
         source = write_images(Path(folder), make_pixels(SIZE, SMALL[0]))
         PEERS.append(bare)
-        names = list(inspect.signature(UNet).parameters)
         sys.argv[1:] = [
             "fit",
-            *(f"--model.net.{name}={_text(value)}" for name, value in zip(names, SMALL)),  # noqa: B905
+            *network_options(SMALL),
             "--model.schedule=linear",
+            "--model.prediction=noise",
             f"--data.source={source}",
             f"--data.cache_dir={folder}",
             f"--data.batch_size={BATCH_SIZE}",
@@ -110,6 +117,8 @@ def trainer_cost(runs: int, budget: float) -> Row:
             "--fid.every_n_steps=0",
             "--samples.every_n_steps=0",
             "--trainer.max_steps=1000000",
+            f"--trainer.accelerator={device.type}",
+            "--trainer.devices=1",
             "--trainer.callbacks=benchmarks.command.Turns",
             f"--trainer.callbacks.steps={steps}",
             f"--trainer.callbacks.runs={SHORT * runs}",
@@ -119,10 +128,6 @@ def trainer_cost(runs: int, budget: float) -> Row:
         assert command_line.main() == 0
     what = "a step of `fit` against one of a bare loop, 28x28, 32-64-64 channels, batch 64"
     return make_row("trainer-cost", what, "s", ROUNDS, "at most", 1.02)
-
-
-def _text(value: object) -> str:
-    return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
 def sampling(is_ours: bool, device: torch.device = CPU) -> Action:

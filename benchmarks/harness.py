@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +21,21 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.json"
 PAGE = FOLDER.parent / "docs" / "benchmarks.md"
 TABLE_START, TABLE_END = "<!-- rows: written by python -m benchmarks -->", "<!-- end of rows -->"
-PACKAGES = ("ddpm-lightning", "torch", "lightning", "diffusers", "datasets", "numpy")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "lightning",
+    "diffusers",
+    "denoising-diffusion-pytorch",
+    "ema-pytorch",
+    "datasets",
+    "pyarrow",
+    "pillow",
+    "numpy",
+)
+ENVIRONMENT = "environment.json"
+SHORT = 5
+"""Times as many rounds, where turns are short: the machine's speed drifts by more than a target."""
 
 Action = Callable[[], object]
 
@@ -39,6 +54,7 @@ class Row:
         bound: Whether the target is a lower or an upper bound of the ratio.
         target: That bound.
         runs: Rounds.
+        environment: See `environment`; where it is None, that of now.
     """
 
     name: str
@@ -50,6 +66,7 @@ class Row:
     bound: Literal["at least", "at most"]
     target: float
     runs: int
+    environment: dict[str, Any] | None = None
 
     @property
     def is_timed(self) -> bool:
@@ -67,6 +84,12 @@ def seconds_of(action: Action) -> float:
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
+
+
+def wait_for_device() -> None:
+    """Wait until a GPU has done what this process asked of it, where it has used one."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
 
 
 def alternate(
@@ -114,6 +137,7 @@ def _prepare(make: Callable[..., Action], arguments: tuple[object, ...]) -> None
 def _repeat(times: int) -> None:
     for _ in range(times):
         ACTIONS[0]()
+    wait_for_device()
 
 
 @contextmanager
@@ -125,7 +149,7 @@ def own_process(make: Callable[..., Action], *arguments: object) -> Iterator[Cal
         arguments: Its arguments.
 
     Yields:
-        A function that has it repeated so many times, and waits.
+        A function that has it repeated so many times, and waits, for a GPU too.
     """
     with ProcessPoolExecutor(1, get_context("spawn"), _prepare, (make, arguments)) as pool:
         yield lambda times: pool.submit(_repeat, times).result()
@@ -138,6 +162,7 @@ def make_row(
     rounds: Sequence[tuple[float, float]],
     bound: Literal["at least", "at most"],
     target: float,
+    environment: dict[str, Any] | None = None,
 ) -> Row:
     """Sum rounds of (ours, peer) up to a row."""
     return Row(
@@ -150,6 +175,7 @@ def make_row(
         bound,
         target,
         len(rounds),
+        environment,
     )
 
 
@@ -162,36 +188,50 @@ def text_of(row: Row) -> str:
     )
 
 
+def environment() -> dict[str, Any]:
+    """Tell where and by which code something is measured now."""
+    return {
+        "machine": _processor(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def environment_of(folder: Path) -> dict[str, Any]:
+    """Give the environment in which a folder's figures began, which are taken once and kept."""
+    file = folder / ENVIRONMENT
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(environment(), indent=2) + "\n")
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
 def keep(rows: Sequence[Row]) -> None:
     """Write rows to results.json, in the place of older ones of the same names, and the page."""
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     names = {row.name for row in rows}
-    threads, load = torch.get_num_threads(), os.getloadavg()[0]
-    machine = {
-        "machine": _processor(),
-        "threads": threads,
-        "load": round(load, 1),
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {name: _version(name) for name in PACKAGES},
-    }
-    kept = [item for item in kept if item["name"] not in names]
-    # times are about two cores, and the rows' own work is a load of one a thread
-    is_busy = threads != 2 or load > threads + 1
-    kept += [
-        {
-            **asdict(row),
-            "is_met": row.is_met,
-            "is_provisional": row.is_timed and is_busy,
-            **machine,
-        }
-        for row in rows
-    ]
-    kept.sort(key=lambda item: str(item["name"]))
+    kept = [item for item in kept if item["row"] not in names] + [_entry(row) for row in rows]
+    kept.sort(key=lambda item: str(item["row"]))
     RESULTS.write_text(json.dumps(kept, indent=2) + "\n")
     page = PAGE.read_text()
     before, _, rest = page.partition(TABLE_START)
     _, _, after = rest.partition(TABLE_END)
     PAGE.write_text(f"{before}{TABLE_START}\n{table_of(kept)}\n{TABLE_END}{after}")
+
+
+def _entry(row: Row) -> dict[str, Any]:
+    where = row.environment or environment()
+    figures = {
+        name: value for name, value in asdict(row).items() if name not in ("name", "environment")
+    }
+    # times are about two cores, and the rows' own work is a load of one a thread
+    is_busy = where["threads"] != 2 or where["load"] > where["threads"] + 1
+    verdicts = {"is_met": row.is_met, "is_provisional": row.is_timed and is_busy}
+    return {"row": row.name, **figures, **verdicts, **where}
 
 
 def table_of(results: Sequence[dict[str, Any]]) -> str:
@@ -204,7 +244,7 @@ def table_of(results: Sequence[dict[str, Any]]) -> str:
         verdict = "" if item["is_met"] else ", **missed**"
         note = " (provisional)" if item["is_provisional"] else ""
         lines.append(
-            f"| {item['name']} | {item['what']} | {_with_unit(item['ours'], item['unit'])} | "
+            f"| {item['row']} | {item['what']} | {_with_unit(item['ours'], item['unit'])} | "
             f"{_figure(item['peer'])} | {item['ratio']:.4g} | "
             f"{item['bound']} {item['target']}{verdict} | {item['runs']} | "
             f"{item['threads']}, {item['load']}{note} |"
@@ -226,6 +266,16 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0]}, {platform.machine()}" if names else platform.machine()
+
+
+def _commit() -> str:
+    """Name the commit that is measured, and say whether files differ from it."""
+    words = ("git", "describe", "--always", "--dirty", "--exclude=*")
+    try:
+        ran = subprocess.run(words, cwd=FOLDER, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return ran.stdout.strip()
 
 
 def _version(package: str) -> str:

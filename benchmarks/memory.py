@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Row, alternate, make_row, own_process
+from benchmarks.peers import CPU
 from ddpm_lightning import UNet
 from tests.parity.networks import diffusers_unet
 
@@ -31,24 +32,27 @@ class NetworkStep:
     Args:
         is_ours: Whether this project's network or diffusers'.
         checkpointing: Whether activations are computed again rather than kept.
+        device: Whose memory it is.
     """
 
-    def __init__(self, is_ours: bool, checkpointing: bool) -> None:
+    def __init__(self, is_ours: bool, checkpointing: bool, device: torch.device = CPU) -> None:
         net: Any = UNet(*PIXELS_256, checkpointing=checkpointing)
         if not is_ours:
             net = diffusers_unet(net)
             if checkpointing:
                 net.enable_gradient_checkpointing()
-        self._net = net.train()
+        self._net = net.train().to(device)
         self._is_ours = is_ours
         self._optimizer = torch.optim.Adam(net.parameters(), lr=2e-4)
-        self._x, self._t = torch.randn(1, 3, SIZE, SIZE), torch.tensor([500])
+        self._device = device
+        self._x = torch.randn(1, 3, SIZE, SIZE, device=device)
+        self._t = torch.tensor([500], device=device)
         # its state and the gradients exist before the memory is looked at
         for parameter in net.parameters():
             parameter.grad = torch.zeros_like(parameter)
         self._optimizer.step()
         gc.collect()
-        self._before = resident()
+        self._before = resident(device)
 
     def __call__(self) -> None:
         """Take it."""
@@ -60,31 +64,35 @@ class NetworkStep:
 
     def megabytes(self) -> float:
         """Give how much more memory there was at most than before the first step."""
-        return (peak() - self._before) / MEGABYTE
+        return (peak(self._device) - self._before) / MEGABYTE
 
 
-def resident() -> int:
+def resident(device: torch.device = CPU) -> int:
     """Give this process's memory now, in bytes, after freed memory went back to the system."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def peak() -> int:
+def peak(device: torch.device = CPU) -> int:
     """Give the highest memory of this process so far, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def megabytes_of(is_ours: bool) -> float:
+def megabytes_of(is_ours: bool, device: torch.device) -> float:
     """Give the memory of two steps with checkpointing; for a process of its own."""
-    step = NetworkStep(is_ours, True)
+    step = NetworkStep(is_ours, True, device)
     step()
     step()
     return step.megabytes()
 
 
-def memory(runs: int, budget: float) -> Row:
+def memory(runs: int, budget: float, device: torch.device = CPU) -> Row:
     """Compare the highest memory with checkpointing of activations; a new process each time."""
     end = time.perf_counter() + budget
     rounds: list[tuple[float, float]] = []
@@ -92,7 +100,7 @@ def memory(runs: int, budget: float) -> Row:
         sizes = []
         for is_ours in (True, False):
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                sizes.append(pool.submit(megabytes_of, is_ours).result())
+                sizes.append(pool.submit(megabytes_of, is_ours, device).result())
         rounds.append((sizes[0], sizes[1]))
     what = (
         "peak memory of a step over that before it, 256x256 network alone, without `fit`'s "
@@ -101,11 +109,11 @@ def memory(runs: int, budget: float) -> Row:
     return make_row("memory", what, "MB", rounds, "at most", 0.5)
 
 
-def memory_time(runs: int, budget: float) -> Row:
+def memory_time(runs: int, budget: float, device: torch.device = CPU) -> Row:
     """Compare the time with checkpointing and without."""
     with (
-        own_process(NetworkStep, True, True) as ours,
-        own_process(NetworkStep, True, False) as plain,
+        own_process(NetworkStep, True, True, device) as ours,
+        own_process(NetworkStep, True, False, device) as plain,
     ):
         rounds = alternate(lambda: ours(1), lambda: plain(1), runs, budget)
     what = (

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.harness import Row, make_row
+from benchmarks.harness import Row, environment_of, make_row
 
 SOURCE = "/usr/share/datasets/fashion-mnist"
 """Where Debian's package dataset-fashion-mnist puts it."""
@@ -87,11 +87,10 @@ def distances(run: Path) -> Distances:
 
 
 def best(found: Distances, num_evaluations: int) -> tuple[str, float]:
-    """Give the sampler that is best with so many evaluations at most, and its distance."""
-    few = [
-        (distance, sampler) for (sampler, nfe), distance in found.items() if nfe <= num_evaluations
-    ]
-    distance, sampler = min(few)
+    """Give the sampler that is best with so many evaluations, and its distance."""
+    distance, sampler = min(
+        (distance, sampler) for (sampler, nfe), distance in found.items() if nfe == num_evaluations
+    )
     return sampler, distance
 
 
@@ -100,14 +99,16 @@ def few_step(num_evaluations: int, target: float) -> Row:
 
     In one round: the seeds settle a distance.
     """
+    where = environment_of(RUN / "evaluations")
     found = distances(RUN)
     sampler, distance = best(found, num_evaluations)
     what = (
-        f"distance of {NUM_IMAGES:,} Fashion-MNIST samples, at most {num_evaluations} evaluations "
+        f"distance of {NUM_IMAGES:,} Fashion-MNIST samples with {num_evaluations} evaluations "
         f"({sampler}), against {NUM_ANCESTRAL} ancestral steps"
     )
     pair = (distance, found[ANCESTRAL, NUM_ANCESTRAL])
-    return make_row(f"few-step-{num_evaluations}", what, "FD", [pair], "at most", target)
+    name = f"few-step-{num_evaluations}"
+    return make_row(name, what, "FD", [pair], "at most", target, where)
 
 
 def few_step_10(runs: int, budget: float) -> Row:

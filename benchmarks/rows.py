@@ -8,6 +8,7 @@ from benchmarks.harness import Row
 QUICK = {
     "data-map": ("data:data_map", 1.0),
     "data-stream-png": ("data:data_stream_png", 1.0),
+    "data-stream-png-within": ("data:data_stream_png_within", 1.0),
     "data-stream-png-own": ("data:data_stream_png_own", 1.0),
     "data-stream-raw": ("data:data_stream_raw", 1.0),
     "start": ("command:start", 2.0),

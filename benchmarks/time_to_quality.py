@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.harness import Row, make_row, own_process, seconds_of
+from benchmarks.harness import Row, environment_of, make_row, own_process, seconds_of
 from benchmarks.peers import DiffusersStep
 from benchmarks.quality import (
     EXPERIMENT,
@@ -270,13 +270,14 @@ def distances(folder: Path = FOLDER) -> dict[str, float]:
 
 
 def _row(name: str, what: str, peers: tuple[str, ...], target: float) -> Row:
+    where = environment_of(FOLDER)
     found = distances()
     peer = min(peers, key=found.__getitem__)
     text = (
         f"distance of {NUM_SAMPLES:,} Fashion-MNIST samples with {NUM_EVALUATIONS} evaluations "
         f"(ours guided), after {SECONDS / 60:g} minutes of training, against {what} ({peer})"
     )
-    return make_row(name, text, "FD", [(found[OURS], found[peer])], "at most", target)
+    return make_row(name, text, "FD", [(found[OURS], found[peer])], "at most", target, where)
 
 
 def time_to_quality(runs: int, budget: float) -> Row:

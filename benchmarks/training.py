@@ -1,5 +1,6 @@
 """The whole training step against diffusers'."""
 
+import inspect
 import math
 import tempfile
 from functools import partial
@@ -29,6 +30,14 @@ LEARNING_RATE = 2e-4
 CIFAR10 = (3, 3, 128, (1, 2, 2, 2), 2, (1,), 0.1)
 """The paper's network (Ho et al. 2020, appendix B)."""
 SMALL = (1, 1, 32, (1, 2, 2), 1, (2,), 0.0, 0, 1)  # 32 groups in all norms, as diffusers has
+
+
+def network_options(arguments: tuple[Any, ...]) -> list[str]:
+    """Give the options of `fit` for a network of such arguments."""
+    return [
+        f"--model.net.{name}={list(value) if isinstance(value, tuple) else value}"
+        for name, value in zip(inspect.signature(UNet).parameters, arguments, strict=False)
+    ]
 
 
 def make_pixels(size: int, channels: int) -> NDArray[np.uint8]:
@@ -102,6 +111,7 @@ def our_step(
     size: int,
     channels_last: bool = False,
     fused: bool | None = None,
+    device: torch.device = CPU,
 ) -> OurStep:
     """Make this project's side; `fit` too changes how memory is freed.
 
@@ -111,6 +121,7 @@ def our_step(
         size: Of the images.
         channels_last: As `fit --model.channels_last`.
         fused: As `fit --model.optimizer.fused`.
+        device: Where the steps are taken.
     """
     keep_freed_memory()
     net = UNet(*arguments)
@@ -118,7 +129,7 @@ def our_step(
         net.to(memory_format=torch.channels_last)
 
     adam = partial(torch.optim.Adam, lr=LEARNING_RATE, fused=fused)
-    return OurStep(net, make_pixels(size, net.in_channels), batch_size, optimizer=adam)
+    return OurStep(net, make_pixels(size, net.in_channels), batch_size, device, optimizer=adam)
 
 
 def diffusers_step(arguments: tuple[Any, ...], batch_size: int, size: int) -> DiffusersStep:

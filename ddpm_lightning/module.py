@@ -69,11 +69,11 @@ class DDPM(Denoiser, LightningModule):
             or over all of them where they are fewer.
         image_shape: (C, H, W) of the images; taken from the data module when None.
         compile: Have torch compile the network for training (`net.compile()`, inductor), for
-            minutes at the start. Meant for GPUs, where it has not been measured; on a CPU it gained
-            nothing (docs/benchmarks.md).
+            minutes at the start. Meant for GPUs, where it has not been measured; on a CPU a step
+            takes at best a tenth less time then (docs/benchmarks.md).
         channels_last: In training, keep each pixel's channels together in memory, as GPUs' matrix
             units take them; the numbers are the same up to rounding. On a CPU a step of the paper's
-            CIFAR-10 network takes a tenth less time, and one of small networks no less
+            CIFAR-10 network takes 0.88 to 0.98 of the time, and one of small networks no less
             (docs/benchmarks.md); meant for GPUs, where it has not been measured.
         on_nonfinite: Whether a step whose loss or gradient is not finite stops training, at the
             next logging step or checkpoint, or is left out.
