@@ -82,7 +82,8 @@ def main() -> int:
         known = ", ".join(COMMANDS)
         sys.stderr.write(f"error: no command {arguments[0]!r}{hint} (commands: {known})\n")
         return 2
-    keep_freed_memory()
+    if arguments[0] != "fit":  # which looks at the network first
+        keep_freed_memory()
     module, function = COMMANDS[arguments[0]][0].split(":")
     status: int = getattr(import_module(module), function)()
     return status

@@ -27,6 +27,7 @@ from ddpm_lightning.callbacks import (
 from ddpm_lightning.callbacks.run_logger import RunLogger
 from ddpm_lightning.callbacks.shared import find_callback
 from ddpm_lightning.checkpoints import check_same_model, check_same_optimizer, load_checkpoint
+from ddpm_lightning.commands.allocator import keep_freed_memory
 from ddpm_lightning.commands.clusters import cluster_plugins
 from ddpm_lightning.commands.faults import go_on_command, told_in_one_line
 from ddpm_lightning.commands.options import LineErrors
@@ -251,6 +252,8 @@ class CLI(LightningCLI):
         """Prepare, write config.yaml and say what is about to happen."""
         self._prepare()
         self._prepare_training()
+        if not getattr(self.model.net, "checkpointing", False):
+            keep_freed_memory()  # not with pieces: the heap they leave is the larger by a third
         if not is_rank_zero() or self.run is None:
             return
         self._save_config(self.run)

@@ -3,12 +3,16 @@ import platform
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 from ddpm_lightning import __main__ as entry
+from ddpm_lightning import cli
 from ddpm_lightning.__main__ import COMMANDS
 from ddpm_lightning.commands.allocator import keep_freed_memory
+from tests.command_line import TINY
+from tests.training import command_line
 
 # Takes and frees 64 MiB, which glibc by itself always hands back, and counts the pages that the
 # system had to provide.
@@ -58,7 +62,7 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not keep_freed_memory()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"fit"}))
 def test_every_command_keeps_it(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     module, _, function = COMMANDS[command][0].partition(":")
@@ -67,3 +71,18 @@ def test_every_command_keeps_it(command: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(import_module(module), function, lambda: calls.append(command))
     entry.main()
     assert calls == ["memory", command]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fit_keeps_it_unless_the_network_works_in_pieces(
+    checkpointing: bool, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(entry, "keep_freed_memory", lambda: calls.append("entry"))
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: calls.append("fit"))
+    Path("tiny.yaml").write_text(TINY.format(source=pictures))
+    options = ("--config", "tiny.yaml", "--trainer.max_steps", "1", "--samples.every_n_steps", "0")
+    with command_line("fit", *options, "--model.net.checkpointing", checkpointing):
+        assert entry.main() == 0
+    assert calls == ([] if checkpointing else ["fit"])
