@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,22 +69,27 @@ def sweep(run: Path) -> list[str]:
     ]
 
 
-def distances(run: Path) -> Distances:
+def distances(run: Path) -> tuple[Distances, dict[str, Any]]:
     """Judge samples of a run's last checkpoint, and keep the distances in its folder.
 
     Each is taken once. Where there is no run it is trained first, which takes a quarter of an hour.
+
+    Returns:
+        The distances, and the environment in which the first was taken.
     """
     if not (run / "checkpoints/last.ckpt").exists():
         train(run)
+    where = environment_of(run)  # which there is now: `fit` wants an empty folder
     write_reference(run / "reference")
     command(*sweep(run))
     rows = json.loads((run / "evaluations/sweep.json").read_text())["rows"]
-    return {
+    found = {
         (row["subject"]["sampler"]["name"], row["subject"]["nfe"]): row["metrics"][
             f"fd_{EXTRACTOR}"
         ]
         for row in rows
     }
+    return found, where
 
 
 def best(found: Distances, num_evaluations: int) -> tuple[str, float]:
@@ -99,8 +105,7 @@ def few_step(num_evaluations: int, target: float) -> Row:
 
     In one round: the seeds settle a distance.
     """
-    where = environment_of(RUN / "evaluations")
-    found = distances(RUN)
+    found, where = distances(RUN)
     sampler, distance = best(found, num_evaluations)
     what = (
         f"distance of {NUM_IMAGES:,} Fashion-MNIST samples with {num_evaluations} evaluations "

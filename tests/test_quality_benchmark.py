@@ -22,12 +22,12 @@ def test_distances_of_few_evaluations(
     monkeypatch.setattr(quality, "EXPERIMENT", tmp_path / "tiny.yaml")
     monkeypatch.setattr(quality, "SOURCE", str(pictures))
     run = tmp_path / "run"
-    found = quality.distances(run)
+    found, where = quality.distances(run)
     assert sorted(found) == [("ddim", 5), ("ddim", 10), ("ddpm", 15), ("heun", 4)]
     assert all(distance > 0 for distance in found.values())
     (run / "checkpoints/step=10.ckpt").unlink()
     records = tree(run / "evaluations/records")
-    assert quality.distances(run) == found  # neither trained nor judged again
+    assert quality.distances(run) == (found, where)  # neither trained nor judged again
     assert tree(run / "evaluations/records") == records
     assert not (run / "checkpoints/step=10.ckpt").exists()
 
