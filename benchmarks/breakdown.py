@@ -133,7 +133,7 @@ def measure(subject: Timed) -> dict[str, float]:
             "--samples.every_n_steps=0",
             "--fid.every_n_steps=0",
             f"--trainer.max_steps={WARM_UP + subject.steps + 1}",
-            f"--trainer.profiler={Parts.__module__}.Parts",  # __main__ by another name
+            f"--trainer.profiler={Parts.__module__}.Parts",  # by -m it is not benchmarks.breakdown
             f"--trainer.profiler.steps={subject.steps}",
             f"--run_dir={folder}/run",
         ]

@@ -120,5 +120,5 @@ def memory_time(runs: int, budget: float, device: torch.device = CPU) -> Row:
         own_process(kept_step, device) as plain,
     ):
         rounds = alternate(lambda: ours(1), lambda: plain(1), runs, budget)
-    what = "the same network's step with checkpointing against ours without"
+    what = "its step with checkpointing against ours without, memory freed as `fit` has it in each"
     return make_row("memory-time", what, "s", rounds, "at most", 1.35)

@@ -79,7 +79,7 @@ def distances(run: Path) -> tuple[Distances, dict[str, Any]]:
     """
     if not (run / "checkpoints/last.ckpt").exists():
         train(run)
-    where = environment_of(run)  # which there is now: `fit` wants an empty folder
+    where = environment_of(run)  # not before: `fit` wants an empty folder
     write_reference(run / "reference")
     command(*sweep(run))
     rows = json.loads((run / "evaluations/sweep.json").read_text())["rows"]

@@ -253,7 +253,7 @@ class CLI(LightningCLI):
         self._prepare()
         self._prepare_training()
         if not getattr(self.model.net, "checkpointing", False):
-            keep_freed_memory()  # not with pieces: the heap they leave is the larger by a third
+            keep_freed_memory()  # not with pieces: it would keep the holes between them, too
         if not is_rank_zero() or self.run is None:
             return
         self._save_config(self.run)
