@@ -27,7 +27,7 @@ from benchmarks.peers import CPU
 from benchmarks.training import SMALL, make_pixels, network_options, our_step, write_images
 from ddpm_lightning import DDPM, UNet
 from ddpm_lightning import __main__ as command_line
-from ddpm_lightning.commands.allocator import keep_freed_memory
+from ddpm_lightning.allocator import keep_freed_memory
 from ddpm_lightning.randomness import NoiseStreams
 from ddpm_lightning.samplers import DDPMSampler
 

@@ -19,7 +19,7 @@ from benchmarks.harness import PAGE, Action, Row, keep, make_row, seconds_of, te
 from benchmarks.memory import MEGABYTE, peak
 from benchmarks.training import OurStep, make_pixels
 from ddpm_lightning import UNet
-from ddpm_lightning.commands.allocator import keep_freed_memory
+from ddpm_lightning.allocator import keep_freed_memory
 from ddpm_lightning.commands.sweep_charts import make_figure, write_figure
 from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.metrics.features import make_extractor

@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.harness import Row, alternate, make_row, own_process
 from benchmarks.peers import CPU
 from ddpm_lightning import UNet
-from ddpm_lightning.commands.allocator import keep_freed_memory
+from ddpm_lightning.allocator import keep_freed_memory
 from tests.parity.networks import diffusers_unet
 
 PIXELS_256 = (3, 3, 128, (1, 1, 2, 2, 4, 4), 2, (4,), 0.0)

@@ -41,7 +41,7 @@ from benchmarks.quality import (
 )
 from benchmarks.training import OurStep
 from ddpm_lightning import UNet
-from ddpm_lightning.commands.allocator import keep_freed_memory
+from ddpm_lightning.allocator import keep_freed_memory
 from ddpm_lightning.images import to_uint8
 
 FOLDER = Path("runs/time_to_quality")

@@ -16,7 +16,7 @@ from PIL import Image
 from benchmarks.harness import Row, alternate, make_row, own_process, rates
 from benchmarks.peers import CPU, DiffusersStep
 from ddpm_lightning import DDPM, UNet
-from ddpm_lightning.commands.allocator import keep_freed_memory
+from ddpm_lightning.allocator import keep_freed_memory
 from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.randomness import to_device
 from tests.parity.networks import diffusers_unet

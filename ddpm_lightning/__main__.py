@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from ddpm_lightning import __version__
-from ddpm_lightning.commands.allocator import keep_freed_memory
+from ddpm_lightning.allocator import keep_freed_memory
 
 COMMANDS = {
     "fit": ("ddpm_lightning.cli:main", "train; with no option at all, on handwritten digits"),

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 
+from ddpm_lightning.allocator import keep_freed_memory
 from ddpm_lightning.callbacks import (
     EMA,
     FID,
@@ -27,7 +28,6 @@ from ddpm_lightning.callbacks import (
 from ddpm_lightning.callbacks.run_logger import RunLogger
 from ddpm_lightning.callbacks.shared import find_callback
 from ddpm_lightning.checkpoints import check_same_model, check_same_optimizer, load_checkpoint
-from ddpm_lightning.commands.allocator import keep_freed_memory
 from ddpm_lightning.commands.clusters import cluster_plugins
 from ddpm_lightning.commands.faults import go_on_command, told_in_one_line
 from ddpm_lightning.commands.options import LineErrors

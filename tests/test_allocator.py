@@ -10,7 +10,7 @@ import pytest
 from ddpm_lightning import __main__ as entry
 from ddpm_lightning import cli
 from ddpm_lightning.__main__ import COMMANDS
-from ddpm_lightning.commands.allocator import keep_freed_memory
+from ddpm_lightning.allocator import keep_freed_memory
 from tests.command_line import TINY
 from tests.training import command_line
 
@@ -18,7 +18,7 @@ from tests.training import command_line
 # system had to provide.
 COUNT = """
 import resource
-from ddpm_lightning.commands.allocator import keep_freed_memory
+from ddpm_lightning.allocator import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

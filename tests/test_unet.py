@@ -271,7 +271,7 @@ def test_checkpointing_changes_memory_and_no_gradient(
     monkeypatch.setattr(lean, "_PIECE_VALUES", piece_values)
     applied = mock.Mock(wraps=lean._apply)
     monkeypatch.setattr(lean, "_apply", applied)
-    arguments = (1, 1, 32, (1, 2), 1, (1,), dropout, 0, group_channels)
+    arguments = (1, 1, 32, (1, 2, 1), 1, (1,), dropout, 0, group_channels)
     nets = [UNet(*arguments, checkpointing=value).double() for value in (False, True)]
     torch.manual_seed(0)
     for parameter in nets[0].parameters():

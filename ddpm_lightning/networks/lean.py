@@ -1,10 +1,11 @@
-"""The U-Net's layers with little memory: their gradients keep nothing but their inputs.
+"""The U-Net's layers with little memory: of most, nothing is kept for the gradient but inputs.
 
 `torch.utils.checkpoint` forgets what lies within a layer, too, but has all of it at once when it
 computes it again: at 256x256 pixels that is most of the memory of a step. Here what a convolution
 takes is made piece by piece, on the way forward and back; of whole tensors there are the inputs,
-what lies between a block's convolutions, and their gradients. Two inputs of a block are not joined
-unless a group of its norm has channels of both.
+what lies between a block's convolutions, and their gradients, one of which takes another's place
+where that is no longer needed. Two inputs of a block are not joined unless a group of its norm has
+channels of both.
 
 Numbers are those of the layers, up to rounding. The gradients cannot be differentiated again.
 """
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from ddpm_lightning.allocator import return_freed_memory
 
 # Of a tensor: more and smaller ones leave holes in the heap (docs/benchmarks.md).
 _NUM_PIECES = 16  # at most
@@ -35,6 +38,7 @@ def lean_block(
     norm_2: nn.GroupNorm,
     conv_2: nn.Conv2d,
     shortcut: nn.Conv2d | None,
+    keeps_between: bool,
 ) -> Tensor:
     """Map x to `conv_2(silu(norm_2(conv_1(silu(norm_1(x))) + shift))) + shortcut(x)`.
 
@@ -46,20 +50,21 @@ def lean_block(
         norm_2: Over C_out channels.
         conv_2: 3x3, to C_out channels.
         shortcut: 1x1, to C_out channels; None for x itself.
+        keeps_between: Whether what conv_1 gives is kept for the gradient, not computed again.
 
     Returns:
         [N, C_out, H, W].
     """
     layers = (norm_1, conv_1, norm_2, conv_2) + (() if shortcut is None else (shortcut,))
-    make = partial(_Block, norm_1, norm_2, len(inputs))
+    make = partial(_Block, norm_1, norm_2, len(inputs), keeps_between)
     return _apply(make, *inputs, shift, *_parameters(*layers))
 
 
 def lean_output(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
     """Map x [N, C, H, W] to `conv(silu(norm(x)))`, [N, C_out, H, W]; the convolution is 3x3."""
 
-    def make(tensors: Tensors) -> _Single:
-        return _Single(_normed_convolution(tensors[:1], norm, tensors[1:]))
+    def make(tensors: Tensors) -> _Output:
+        return _Output(_normed_convolution(tensors[:1], norm, tensors[1:]))
 
     return _apply(make, x, *_parameters(norm, conv))
 
@@ -74,17 +79,25 @@ def lean_upsample(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return _apply(make, x, *_parameters(conv))
 
 
+def lean_downsample(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Map x [N, C, H, W] to a 3x3 convolution with stride 2, [N, C_out, H/2, W/2].
+
+    Even H and W have a row and a column of zeros at their ends.
+    """
+    return _apply(_Halving, x, *_parameters(conv))
+
+
 def _parameters(*layers: nn.Module) -> list[Tensor]:
     return [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
 
 
 class _Lean(Protocol):
-    """A function of tensors that keeps nothing."""
+    """A function of tensors."""
 
-    def forward(self) -> Tensor:
-        """Give the output."""
+    def forward(self) -> tuple[Tensor, Tensors]:
+        """Give the output, and what to keep for the gradient besides the tensors."""
 
-    def backward(self, gradient: Tensor) -> Sequence[Tensor]:
+    def backward(self, gradient: Tensor, kept: Tensors) -> Sequence[Tensor]:
         """Give the gradients of the tensors, in their order, from the output's."""
 
 
@@ -96,23 +109,30 @@ def _apply(make: Callable[[Tensors], _Lean], *tensors: Tensor) -> Tensor:
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, make: Callable[[Tensors], _Lean], *tensors: Tensor) -> Tensor:
-        ctx.make = make
-        ctx.save_for_backward(*tensors)
-        return make(tensors).forward()
+        output, kept = make(tensors).forward()
+        ctx.make, ctx.num_tensors = make, len(tensors)
+        ctx.save_for_backward(*tensors, *kept)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.make(ctx.saved_tensors).backward(gradient)
+        tensors, kept = ctx.saved_tensors[: ctx.num_tensors], ctx.saved_tensors[ctx.num_tensors :]
+        return None, *ctx.make(tensors).backward(gradient, kept)
 
 
 class _Block:
     """See `lean_block`; its tensors are the inputs, the shift and the layers' parameters."""
 
     def __init__(
-        self, norm_1: nn.GroupNorm, norm_2: nn.GroupNorm, num_inputs: int, tensors: Tensors
+        self,
+        norm_1: nn.GroupNorm,
+        norm_2: nn.GroupNorm,
+        num_inputs: int,
+        keeps_between: bool,
+        tensors: Tensors,
     ) -> None:
-        self._norm_2 = norm_2
+        self._norm_2, self._keeps_between = norm_2, keeps_between
         inputs, (self._shift, *parameters) = tensors[:num_inputs], tensors[num_inputs:]
         self._sizes = [x.shape[1] for x in inputs]
         self._is_joined = any(size % _group_size(norm_1) for size in self._sizes)
@@ -122,19 +142,26 @@ class _Block:
         self._second = parameters[4:8]
         self._shortcut = _Shortcut(inputs, parameters[8:])
 
-    def forward(self) -> Tensor:
-        return self._shortcut.add_to(self._make_second().forward())
+    def forward(self) -> tuple[Tensor, Tensors]:
+        between = self._make_between()
+        output = self._shortcut.add_to(self._make_second(between).forward())
+        return output, [between] if self._keeps_between else []
 
-    def backward(self, gradient: Tensor) -> Sequence[Tensor]:
-        (of_between,), of_second = self._make_second().backward(gradient)
-        of_inputs, of_first = self._first.backward(of_between)
+    def backward(self, gradient: Tensor, kept: Tensors) -> Sequence[Tensor]:
+        between = kept[0] if self._keeps_between else self._make_between()
+        (of_between,), of_second = self._make_second(between).backward(gradient)
+        del between
+        of_shift = of_between.sum((2, 3))
+        of_inputs, of_first = self._first.backward(of_between, is_spent=True)
         of_shortcut = self._shortcut.backward(gradient, of_inputs)
         if self._is_joined:
             of_inputs = list(torch.split(of_inputs[0], self._sizes, dim=1))
-        return [*of_inputs, of_between.sum((2, 3)), *of_first, *of_second, *of_shortcut]
+        return [*of_inputs, of_shift, *of_first, *of_second, *of_shortcut]
 
-    def _make_second(self) -> "_Convolution":
-        between = self._first.forward().add_(self._shift[:, :, None, None])
+    def _make_between(self) -> Tensor:
+        return self._first.forward().add_(self._shift[:, :, None, None])
+
+    def _make_second(self, between: Tensor) -> "_Convolution":
         return _normed_convolution([between], self._norm_2, self._second)
 
 
@@ -144,12 +171,59 @@ class _Single:
     def __init__(self, layer: "_Convolution") -> None:
         self._layer = layer
 
-    def forward(self) -> Tensor:
-        return self._layer.forward()
+    def forward(self) -> tuple[Tensor, Tensors]:
+        return self._layer.forward(), []
 
-    def backward(self, gradient: Tensor) -> Sequence[Tensor]:
+    def backward(self, gradient: Tensor, kept: Tensors) -> Sequence[Tensor]:
         of_inputs, of_parameters = self._layer.backward(gradient)
         return [*of_inputs, *of_parameters]
+
+
+class _Output(_Single):
+    """The last layer, whose gradient is the first."""
+
+    def backward(self, gradient: Tensor, kept: Tensors) -> Sequence[Tensor]:
+        # From here on a step has most: what it freed on the way are holes among what it keeps.
+        if gradient.device.type == "cpu":
+            return_freed_memory()
+        return super().backward(gradient, kept)
+
+
+class _Halving:
+    """See `lean_downsample`; its tensors are the input and the parameters."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self._x, self._weight, self._bias = tensors
+        num, channels, height, width = self._x.shape
+        self._shape = (num, len(self._weight), height // 2, width // 2)
+        halves = (num, 4 * channels, height // 2, width // 2)
+        self._pieces = list(_pieces(halves))
+
+    def forward(self) -> tuple[Tensor, Tensors]:
+        output = self._x.new_empty(self._shape)
+        for images, rows in self._pieces:
+            taken = self._take(images, rows)
+            output[images, :, rows] = F.conv2d(taken, self._weight, self._bias, stride=2)
+        return output, []
+
+    def backward(self, gradient: Tensor, kept: Tensors) -> Sequence[Tensor]:
+        of_x, of_weight = torch.empty_like(self._x), torch.zeros_like(self._weight)
+        below: Tensor | None = None
+        for images, rows in self._pieces:
+            outer, taken = gradient[images, :, rows], self._take(images, rows)
+            inner, of_piece = _convolution_backward(outer, taken, self._weight, (0, 0), 2)
+            of_weight += of_piece
+            of_x[images, :, 2 * rows.start : 2 * rows.stop] = inner[:, :, :-1, :-1]
+            if rows.start > 0:
+                assert below is not None
+                of_x[images, :, 2 * rows.start] += below
+            below = inner[:, :, -1, :-1].clone()
+        return [of_x, of_weight, gradient.sum((0, 2, 3))]
+
+    def _take(self, images: slice, rows: slice) -> Tensor:
+        """Make what a piece of the output sees, [n, C, 2 * rows + 1, W + 1]."""
+        x = self._x[images, :, 2 * rows.start : 2 * rows.stop + 1]
+        return F.pad(x, (0, 1, 0, 2 * (rows.stop - rows.start) + 1 - x.shape[2]))
 
 
 class _Source(ABC):
@@ -204,22 +278,37 @@ class _Convolution:
         shape = (self._num, len(self._weight), self._height, self._width)
         output = self._weight.new_empty(shape)
         for images, rows in self._pieces:
-            taken, _ = self._take(images, rows)
+            taken = self._take(images, rows)
             output[images, :, rows] = F.conv2d(taken, self._weight, self._bias, padding=(0, 1))
         return output
 
-    def backward(self, gradient: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Give the gradients of the inputs, and of the parameters: the sources', and its own."""
-        of_sources = [self._weight.new_zeros(source.shape) for source in self._sources]
+    def backward(
+        self, gradient: Tensor, is_spent: bool = False
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Give the gradients of the inputs, and of the parameters: the sources', and its own.
+
+        Args:
+            gradient: Of the output.
+            is_spent: Whether one of the inputs' may take its memory.
+        """
+        of_bias = gradient.sum((0, 2, 3))
+        of_sources = self._of_sources(gradient if is_spent else None)
         of_weight: Tensor | None = None  # of deep levels it is large, and one piece's
+        below: Tensor | None = None
         for images, rows in self._pieces:
-            taken, (inside, seen) = self._take(images, rows)
+            taken = self._take(images, rows)
             outer = gradient[images, :, rows]
             inner, of_piece = _convolution_backward(outer, taken, self._weight, (0, 1))
             of_weight = of_piece if of_weight is None else of_weight.add_(of_piece)
-            # a row at a piece's edge gets something from the piece on either side
+            # A row at a piece's edge gets something from the piece on either side. The row below
+            # waits: in the gradient's memory it would overwrite what the next piece reads.
             for of_source, channels in zip(of_sources, self._channels, strict=True):
-                of_source[images, :, seen] += inner[:, channels, inside]
+                of_source[images, :, rows] = inner[:, channels, 1:-1]
+                if rows.start > 0:
+                    assert below is not None
+                    of_source[images, :, rows.start - 1] += inner[:, channels, 0]
+                    of_source[images, :, rows.start] += below[:, channels]
+            below = inner[:, :, -1].clone()
         found = [
             source.backward(of_source)
             for source, of_source in zip(self._sources, of_sources, strict=True)
@@ -228,13 +317,24 @@ class _Convolution:
             torch.cat(parts) for parts in zip(*(parameters for _, parameters in found), strict=True)
         ]
         assert of_weight is not None
-        return [x for x, _ in found], [*of_parameters, of_weight, gradient.sum((0, 2, 3))]
+        return [x for x, _ in found], [*of_parameters, of_weight, of_bias]
 
-    def _take(self, images: slice, rows: slice) -> tuple[Tensor, tuple[slice, slice]]:
+    def _of_sources(self, spent: Tensor | None) -> list[Tensor]:
+        """Make room for the sources' gradients: for one of them, the spent tensor."""
+        rooms: list[Tensor] = []
+        for source in self._sources:
+            if spent is not None and spent.shape == source.shape:
+                rooms.append(spent)
+                spent = None
+            else:
+                rooms.append(self._weight.new_empty(source.shape))
+        return rooms
+
+    def _take(self, images: slice, rows: slice) -> Tensor:
         """Make a piece with a row more above and below, which is zero beyond the image.
 
         Returns:
-            [n, C, rows + 2, W]; which of its rows lie in the image, and where there.
+            [n, C, rows + 2, W].
         """
         seen = slice(max(rows.start - 1, 0), min(rows.stop + 1, self._height))
         inside = slice(seen.start - rows.start + 1, seen.stop - rows.start + 1)
@@ -244,7 +344,7 @@ class _Convolution:
         taken[:, :, inside.stop :] = 0
         for source, channels in zip(self._sources, self._channels, strict=True):
             source.write(images, seen, taken[:, channels, inside])
-        return taken, (inside, seen)
+        return taken
 
 
 class _Activated(_Source):
@@ -362,10 +462,10 @@ class _Shortcut:
 
 
 def _convolution_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, int]
+    gradient: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, int], stride: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Give the gradients of x and weight."""
-    rest = ([1, 1], list(padding), [1, 1], False, [0, 0], 1, [True, True, False])
+    rest = ([stride, stride], list(padding), [1, 1], False, [0, 0], 1, [True, True, False])
     of_x, of_weight, _ = torch.ops.aten.convolution_backward(gradient, x, weight, None, *rest)
     return of_x, of_weight
 

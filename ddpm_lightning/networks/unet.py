@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.networks.lean import lean_block, lean_output, lean_upsample
+from ddpm_lightning.networks.lean import lean_block, lean_downsample, lean_output, lean_upsample
 
 NUM_GROUPS = 32
 GROUP_NORM_EPS = 1e-6  # the authors' tf.contrib default; torch's is 1e-5
@@ -88,8 +88,10 @@ class ResBlock(nn.Module):
         embed_channels: int,
         dropout: float,
         group_channels: int,
+        keeps_between: bool = False,
     ) -> None:
         super().__init__()
+        self._keeps_between = keeps_between
         self.norm_1 = _norm(in_channels, group_channels)
         self.conv_1 = _conv(in_channels, out_channels, 3)
         self.embed = _linear(embed_channels, out_channels)
@@ -114,7 +116,7 @@ class ResBlock(nn.Module):
         shortcut = self.shortcut if isinstance(self.shortcut, nn.Conv2d) else None
         shift: Tensor = self.embed(embedding)
         layers = (self.norm_1, self.conv_1, self.norm_2, self.conv_2, shortcut)
-        return lean_block(inputs, shift, *layers)
+        return lean_block(inputs, shift, *layers, self._keeps_between)
 
 
 class Attention(nn.Module):
@@ -176,6 +178,10 @@ class Downsample(nn.Module):
         output: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
         return output
 
+    def lean(self, x: Tensor) -> Tensor:
+        """Do so, piece by piece."""
+        return lean_downsample(x, self.conv)
+
 
 class Upsample(nn.Module):
     """Double height and width by repetition, then a 3x3 convolution."""
@@ -226,7 +232,8 @@ class UNet(nn.Module):
             the same width takes a quarter of the time.
         checkpointing: In training, keep each layer's input alone, and compute the rest again for
             the gradient (Chen et al. 2016): less memory, more time, the same numbers up to
-            rounding. Without dropout and in full precision most layers also work in pieces.
+            rounding. Without dropout and in full precision most layers also work in pieces, and
+            what lies between the convolutions of a deep level's blocks, which is little, is kept.
     """
 
     def __init__(
@@ -275,8 +282,12 @@ class UNet(nn.Module):
             # standard normal, as Nichol & Dhariwal's code has it; the last row is "no label"
             self.embed_label = nn.Embedding(num_classes + 1, embed_channels)
 
-        def block(in_channels: int, out_channels: int, attention: bool) -> Block:
-            res = ResBlock(in_channels, out_channels, embed_channels, dropout, group_channels)
+        def block(in_channels: int, out_channels: int, level: int, attention: bool) -> Block:
+            # on levels whose tensors have an eighth of the first's values and less
+            keeps_between = 8 * out_channels <= base_channels * channel_mults[0] * 4**level
+            res = ResBlock(
+                in_channels, out_channels, embed_channels, dropout, group_channels, keeps_between
+            )
             return Block(res, Attention(out_channels, group_channels) if attention else None)
 
         self.conv_in = _conv(in_channels * patch_size**2, base_channels, 3)
@@ -284,23 +295,24 @@ class UNet(nn.Module):
         channels = base_channels
         skips = [channels]
         for level, mult in enumerate(channel_mults):
+            attention = level in attention_levels
             for _ in range(num_res_blocks):
-                attention = level in attention_levels
-                self.down.append(block(channels, base_channels * mult, attention))
+                self.down.append(block(channels, base_channels * mult, level, attention))
                 channels = base_channels * mult
                 skips.append(channels)
             if level < len(channel_mults) - 1:
                 self.down.append(Downsample(channels))
                 skips.append(channels)
 
-        self.mid_1 = block(channels, channels, attention=True)
-        self.mid_2 = block(channels, channels, attention=False)
+        self.mid_1 = block(channels, channels, level, attention=True)
+        self.mid_2 = block(channels, channels, level, attention=False)
 
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mults))):
+            attention = level in attention_levels
             for _ in range(num_res_blocks + 1):
-                attention = level in attention_levels
-                self.up.append(block(channels + skips.pop(), base_channels * mult, attention))
+                skip = skips.pop()
+                self.up.append(block(channels + skip, base_channels * mult, level, attention))
                 channels = base_channels * mult
             if level > 0:
                 self.up.append(Upsample(channels))
@@ -355,7 +367,7 @@ class UNet(nn.Module):
 
     def _run(self, layer: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Run a layer, keeping only its inputs for the gradient where that is asked for."""
-        if isinstance(layer, Block | Upsample) and self._is_lean(inputs[-1]):
+        if isinstance(layer, Block | Downsample | Upsample) and self._is_lean(inputs[-1]):
             return layer.lean(*inputs)
         return _checkpointed(layer, *inputs) if self._forgets() else layer(*inputs)
 

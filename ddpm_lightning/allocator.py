@@ -22,11 +22,27 @@ def keep_freed_memory() -> bool:
         Whether it does so now: not without glibc, and not where the user has set MALLOC_ variables
         or tunables of malloc.
     """
-    is_set = any(name.startswith("MALLOC_") for name in os.environ)
-    is_set |= "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
-    if is_set or platform.libc_ver()[0] != "glibc":
+    if not _is_ours_to_set():
         return False
     mallopt = ctypes.CDLL(None).mallopt
     # both: once one is set, glibc no longer adapts the other
     taken = mallopt(M_MMAP_THRESHOLD, KEPT) or mallopt(M_MMAP_THRESHOLD, OLD_LIMIT)
     return bool(taken and mallopt(M_TRIM_THRESHOLD, KEPT))
+
+
+def return_freed_memory() -> bool:
+    """Have glibc hand back, once, what this process has freed: the holes among blocks in use, too.
+
+    Returns:
+        Whether it was asked to: not without glibc or beside the user's settings, as above.
+    """
+    if not _is_ours_to_set():
+        return False
+    ctypes.CDLL(None).malloc_trim(0)
+    return True
+
+
+def _is_ours_to_set() -> bool:
+    is_set = any(name.startswith("MALLOC_") for name in os.environ)
+    is_set |= "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
+    return not is_set and platform.libc_ver()[0] == "glibc"
