@@ -368,8 +368,8 @@ class _Activated(_Source):
         self._mean = self._group_means(x.sum((2, 3), keepdim=True))
         # about the mean: a difference of mean squares would lose what it is about
         squares = torch.zeros_like(self._mean)
-        for images, rows in self._pieces:
-            centred = x[images, :, rows] - self._mean[images]
+        for images, rows, room in self._rooms():
+            centred = torch.sub(x[images, :, rows], self._mean[images], out=room)
             squares[images] += centred.square_().sum((2, 3), keepdim=True)
         self._inverse = (self._group_means(squares) + eps).rsqrt()
         self._factor = self._inverse * self._scale
@@ -381,18 +381,25 @@ class _Activated(_Source):
         of_channels = groups.repeat_interleave(self._group_size, dim=1)
         return of_channels / (self.shape[2] * self.shape[3])
 
+    def _rooms(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Give every piece and the same room for what is made of it."""
+        images, rows = self._pieces[0]
+        room = self._x[images, :, rows].new_empty(self._x[images, :, rows].shape)
+        for images, rows in self._pieces:
+            yield images, rows, room[: images.stop - images.start, :, : rows.stop - rows.start]
+
     def write(self, images: slice, rows: slice, into: Tensor) -> None:
         torch.mul(self._x[images, :, rows], self._factor[images], out=into)
         F.silu(into.add_(self._shift[images]), inplace=True)
 
     def backward(self, gradient: Tensor) -> tuple[Tensor, list[Tensor]]:
         sums, products = torch.zeros_like(self._mean), torch.zeros_like(self._mean)
-        for images, rows in self._pieces:
+        for images, rows, room in self._rooms():
             x, part = self._x[images, :, rows], gradient[images, :, rows]
-            normed = torch.mul(x, self._factor[images]).add_(self._shift[images])
-            part.copy_(torch.ops.aten.silu_backward(part, normed))
+            normed = torch.mul(x, self._factor[images], out=room).add_(self._shift[images])
+            torch.ops.aten.silu_backward.grad_input(part, normed, grad_input=part)
             sums[images] += part.sum((2, 3), keepdim=True)
-            centred = torch.sub(x, self._mean[images], out=normed)
+            centred = torch.sub(x, self._mean[images], out=room)
             products[images] += centred.mul_(part).sum((2, 3), keepdim=True)
         products *= self._inverse
         # With y = (x - mean) inverse and means over groups, the gradient g becomes
