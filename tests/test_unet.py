@@ -9,7 +9,7 @@ from torch import nn
 
 from ddpm_lightning.checkpoints import check_same_model, describe
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.networks import lean
+from ddpm_lightning.networks import lean, pieces
 from ddpm_lightning.networks.unet import (
     Attention,
     Downsample,
@@ -268,7 +268,7 @@ def test_checkpointing_changes_memory_and_no_gradient(
     monkeypatch: pytest.MonkeyPatch, dropout: float, group_channels: int, piece_values: int
 ) -> None:
     """Both values, by either way of saving memory."""
-    monkeypatch.setattr(lean, "_PIECE_VALUES", piece_values)
+    monkeypatch.setattr(pieces, "_PIECE_VALUES", piece_values)
     applied = mock.Mock(wraps=lean._apply)
     monkeypatch.setattr(lean, "_apply", applied)
     arguments = (1, 1, 32, (1, 2, 1), 1, (1,), dropout, 0, group_channels)
@@ -277,7 +277,7 @@ def test_checkpointing_changes_memory_and_no_gradient(
     for parameter in nets[0].parameters():
         nn.init.normal_(parameter, std=0.05)
     nets[1].load_state_dict(nets[0].state_dict())
-    x, t = torch.randn(2, 1, 8, 8, dtype=torch.float64), torch.tensor([3, 900])
+    x, t = torch.randn(2, 1, 8, 12, dtype=torch.float64), torch.tensor([3, 900])
 
     kept = []
     for net in nets:
