@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -596,6 +596,28 @@ def test_gradients_are_clipped_at_their_norm(
     assert (factor < 1) == (limit == 0.01)
     update = recorder.initial - recorder.weights[-1]
     torch.testing.assert_close(update, factor * gradient, rtol=1e-4, atol=1e-6)
+
+
+class GradientsNow(Callback):
+    """Whether there are any before each forward pass."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.seen.append(any(weight.grad is not None for weight in pl_module.parameters()))
+
+
+@pytest.mark.parametrize(("accumulate", "between"), [(1, []), (2, [True])])
+def test_no_gradients_stay_from_step_to_step(
+    accumulate: int, between: list[bool], pictures: Path, tmp_path: Path
+) -> None:
+    now = GradientsNow()
+    trainer = make_trainer(tmp_path, now, max_steps=3, accumulate_grad_batches=accumulate)
+    trainer.fit(tiny_module(), make_data(pictures))
+    assert now.seen == [False, *between] * 3
 
 
 def test_clipping_by_value_is_refused(pictures: Path, tmp_path: Path) -> None:

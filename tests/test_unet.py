@@ -9,7 +9,7 @@ from torch import nn
 
 from ddpm_lightning.checkpoints import check_same_model, describe
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.networks import lean, pieces
+from ddpm_lightning.networks import lean, pieces, unet
 from ddpm_lightning.networks.unet import (
     Attention,
     Downsample,
@@ -271,6 +271,9 @@ def test_checkpointing_changes_memory_and_no_gradient(
     monkeypatch.setattr(pieces, "_PIECE_VALUES", piece_values)
     applied = mock.Mock(wraps=lean._apply)
     monkeypatch.setattr(lean, "_apply", applied)
+    returned = mock.Mock()
+    monkeypatch.setattr(unet, "return_freed_memory", returned)
+    monkeypatch.setattr(lean, "return_freed_memory", returned)
     arguments = (1, 1, 32, (1, 2, 1), 1, (1,), dropout, 0, group_channels)
     nets = [UNet(*arguments, checkpointing=value).double() for value in (False, True)]
     torch.manual_seed(0)
@@ -301,6 +304,7 @@ def test_checkpointing_changes_memory_and_no_gradient(
         loss.backward()
     assert kept[1] < 0.5 * kept[0]
     assert applied.called == (dropout == 0)
+    assert returned.call_count == (2 if dropout == 0 else 0)  # before forward and backward
     for plain, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         assert plain.grad is not None and other.grad is not None
         torch.testing.assert_close(other.grad, plain.grad, rtol=0, atol=1e-12)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ddpm_lightning.allocator import return_freed_memory
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.networks.lean import lean_block, lean_downsample, lean_output, lean_upsample
 
@@ -339,6 +340,8 @@ class UNet(nn.Module):
         self.check_size(x.shape[2], x.shape[3])
         if (labels is None) != (self.num_classes == 0):
             raise ValueError(f"num_classes is {self.num_classes}, but labels are {labels}")
+        if self._is_lean(x) and x.device.type == "cpu":
+            return_freed_memory()  # a step's gradients, and more, are freed at its end
         embedding = timestep_embedding(t, self.base_channels).to(self.embed_1.weight.dtype)
         embedding = self.embed_2(F.silu(self.embed_1(embedding)))
         if labels is not None:
