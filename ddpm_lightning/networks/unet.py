@@ -204,7 +204,7 @@ class Upsample(nn.Module):
         return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 
     def lean(self, x: Tensor) -> Tensor:
-        """Do so; in pieces, the nine products take less memory than the four."""
+        """Do so, piece by piece, by another convolution of four products."""
         return lean_upsample(x, self.conv)
 
 
