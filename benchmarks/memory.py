@@ -1,8 +1,6 @@
 """Memory of a training step of a large network, with checkpointing of activations."""
 
-import ctypes
 import gc
-import platform
 import resource
 import sys
 import time
@@ -18,7 +16,7 @@ from torch import Tensor
 from benchmarks.harness import Row, alternate, make_row, own_process
 from benchmarks.peers import CPU
 from ddpm_lightning import UNet
-from ddpm_lightning.allocator import keep_freed_memory
+from ddpm_lightning.allocator import keep_freed_memory, return_freed_memory
 from tests.parity.networks import diffusers_unet
 
 PIXELS_256 = (3, 3, 128, (1, 1, 2, 2, 4, 4), 2, (4,), 0.0)
@@ -72,8 +70,7 @@ def resident(device: torch.device = CPU) -> int:
     """Give this process's memory now, in bytes, after freed memory went back to the system."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 

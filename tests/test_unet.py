@@ -312,6 +312,17 @@ def test_checkpointing_changes_memory_and_no_gradient(
         assert torch.equal(nets[0].eval()(x, t), nets[1].eval()(x, t))
 
 
+def test_deep_levels_compute_no_convolution_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = mock.Mock(side_effect=pieces.Convolution.forward, autospec=True)
+    monkeypatch.setattr(pieces.Convolution, "forward", lambda convolution: forward(convolution))
+    net = UNet(1, 1, 32, (1, 2, 1), 1, (), checkpointing=True)
+    output = net(torch.randn(1, 1, 8, 12), torch.tensor([3]))
+    num_blocks, num_deep, num_others = 11, 5, 3  # deep: with an eighth of the first level's values
+    assert forward.call_count == 2 * num_blocks + num_others
+    output.square().mean().backward()
+    assert forward.call_count == 2 * num_blocks + num_others + num_blocks - num_deep
+
+
 @pytest.mark.parametrize("way", ["autocast", "compiled"])
 def test_checkpointing_where_layers_cannot_work_in_pieces(
     monkeypatch: pytest.MonkeyPatch, way: str

@@ -111,7 +111,8 @@ class _Function(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, kept = ctx.saved_tensors[: ctx.num_tensors], ctx.saved_tensors[ctx.num_tensors :]
+        saved = ctx.saved_tensors  # once: each look unpacks them all
+        tensors, kept = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
         return None, *ctx.make(tensors).backward(gradient, kept)
 
 
@@ -142,7 +143,7 @@ class _Block:
         return output, [between] if self._keeps_between else []
 
     def backward(self, gradient: Tensor, kept: Tensors) -> Sequence[Tensor]:
-        between = kept[0] if self._keeps_between else self._make_between()
+        between = kept[0] if kept else self._make_between()
         (of_between,), of_second = self._make_second(between).backward(gradient)
         del between
         of_shift = of_between.sum((2, 3))
@@ -155,7 +156,7 @@ class _Block:
     def _make_between(self) -> Tensor:
         return self._first.forward().add_(self._shift[:, :, None, None])
 
-    def _make_second(self, between: Tensor) -> "Convolution":
+    def _make_second(self, between: Tensor) -> Convolution:
         return normed_convolution([between], self._norm_2, self._second)
 
 

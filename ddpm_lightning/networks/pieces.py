@@ -187,7 +187,8 @@ class Activated(Source):
     def _rooms(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Give every piece and the same room for what is made of it."""
         images, rows = self._pieces[0]
-        room = self._x[images, :, rows].new_empty(self._x[images, :, rows].shape)
+        first = self._x[images, :, rows]
+        room = first.new_empty(first.shape)
         for images, rows in self._pieces:
             yield images, rows, room[: images.stop - images.start, :, : rows.stop - rows.start]
 
