@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ddpm_lightning.data.cache import (
     Channels,
     OnError,
     default_cache_dir,
+    locked,
     open_images,
 )
 from ddpm_lightning.data.decoding import THREADS
@@ -263,6 +265,28 @@ def test_three_processes_build_once(tmp_path: Path, folder: Path) -> None:
     assert hashes[0].strip() == build(folder).sha256
     assert sorted(map(int, log.read_text().split())) == list(range(NUM_IMAGES))
     assert len(finished(folder)) == 1
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_long_wait_is_told_once_for_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rank: str
+) -> None:
+    monkeypatch.setattr(cache, "_QUIET_SECONDS", 0.05)
+    monkeypatch.setenv("RANK", rank)
+    path = tmp_path / "cache" / "it"
+    entered = threading.Event()
+
+    def wait() -> None:
+        with locked(path, "the decoded images"):
+            entered.set()
+
+    with caplog.at_level(logging.INFO, "ddpm_lightning"), ThreadPoolExecutor(1) as pool:
+        with locked(path, "the decoded images"):
+            waiting = pool.submit(wait)
+            assert not entered.wait(1)
+        waiting.result(timeout=60)
+    told = f"waiting for another process that makes the decoded images, in {path.parent}"
+    assert caplog.messages == ([told] if rank == "0" else [])
 
 
 def test_killed_build_leaves_nothing_usable(tmp_path: Path, folder: Path) -> None:

@@ -152,6 +152,13 @@ def test_a_failure_leaves_nothing(pictures: ImageSet, tmp_path: Path) -> None:
     assert {path.suffix for path in cache.iterdir()} <= {".lock"}
 
 
+def test_unusable_cache_folder(pictures: ImageSet, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.touch()
+    with pytest.raises(InputError, match="cannot hold the features of the reference"):
+        take(pictures, cache)
+
+
 def test_several_processes_at_once(pictures: ImageSet, tmp_path: Path) -> None:
     """One computes, the others wait and read the same."""
     program = f"""

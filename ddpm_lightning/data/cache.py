@@ -6,14 +6,15 @@ import logging
 import math
 import os
 import shutil
-from contextlib import AbstractContextManager, closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ddpm_lightning.bars import bar_options
@@ -21,6 +22,7 @@ from ddpm_lightning.data.decoding import BrokenImage, decode_split
 from ddpm_lightning.data.items import Source, Split, SplitName, fingerprint
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import Pixels
+from ddpm_lightning.runs import is_rank_zero
 
 Channels = Literal[1, 3]
 OnError = Literal["stop", "skip"]
@@ -29,6 +31,7 @@ CONVERSION_VERSION = 1
 """Count up when `images.decode` gives other pixels than before: it makes old caches void."""
 
 _NUM_SKIPPED_NAMES = 5
+_QUIET_SECONDS = 3.0
 
 _log = logging.getLogger(__name__)
 
@@ -68,8 +71,11 @@ def default_cache_dir() -> Path:
     return Path(folder) if folder else Path.home() / ".cache" / "ddpm_lightning"
 
 
-def locked(path: Path, what: str) -> AbstractContextManager[object]:
-    """Wait for the other processes that would build this file or folder of the cache.
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Keep out the other processes that would build this file or folder of the cache.
+
+    Where another one is at it, it is waited for; a wait that is long is told.
 
     Args:
         path: What is to be built; the folder that it lies in is made if need be.
@@ -78,14 +84,24 @@ def locked(path: Path, what: str) -> AbstractContextManager[object]:
     Raises:
         InputError: The cache's folder cannot be written.
     """
+    lock = FileLock(path.with_suffix(".lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(path.with_suffix(".lock")).acquire()
+        try:
+            lock.acquire(timeout=_QUIET_SECONDS)
+        except Timeout:
+            if is_rank_zero():  # once for all of a job
+                _log.info("waiting for another process that makes %s, in %s", what, path.parent)
+            lock.acquire()
     except OSError as error:
         raise InputError(
             f"{path.parent} cannot hold {what} ({error}); name another folder by "
             "--data.cache_dir or $DDPM_LIGHTNING_CACHE"
         ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def open_images(

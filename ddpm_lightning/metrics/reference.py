@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
 from ddpm_lightning.bars import bar_options
 from ddpm_lightning.data.batches import Images
+from ddpm_lightning.data.cache import locked
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import write_atomically
 from ddpm_lightning.metrics.features import Extractor
@@ -65,6 +65,9 @@ def reference_of(
         metrics: What they are for.
         cache_dir: Where statistics are kept.
         batch_size: Images at a time.
+
+    Raises:
+        InputError: There are fewer than two images, or the cache's folder cannot be written.
     """
     protocol = describe_reference(images, name, extractor)
     contents = {key: value for key, value in protocol["reference"].items() if key != "name"}
@@ -73,8 +76,7 @@ def reference_of(
         [REFERENCE_VERSION, keeps_features, contents, extractor.protocol], sort_keys=True
     )
     path = cache_dir / f"reference-{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.npz"
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    with locked(path, "the features of the reference"):
         if path.is_file():
             with suppress(InputError):
                 return load_reference(path, extractor, metrics)._replace(protocol=protocol)
