@@ -32,7 +32,12 @@ from ddpm_lightning.commands.clusters import cluster_plugins
 from ddpm_lightning.commands.faults import go_on_command, told_in_one_line
 from ddpm_lightning.commands.options import LineErrors
 from ddpm_lightning.commands.shell import announce, refusals_of, run_command
-from ddpm_lightning.commands.trainer_checks import check_strategy, check_trainer, check_whole
+from ddpm_lightning.commands.trainer_checks import (
+    check_parts,
+    check_scaler,
+    check_trainer,
+    check_whole,
+)
 from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.data.items import Labels
 from ddpm_lightning.data.order import check_batch_size
@@ -179,8 +184,9 @@ class CLI(LightningCLI):
         options = self.config_init[self.subcommand]
         config = options.trainer
         callbacks: list[Callback] = [Together(), Nonfinite(options.on_nonfinite), Curves()]
-        if self.subcommand == "fit":  # on all ranks, of which the first alone knows a new folder
-            root = self.run.root if self.run is not None else Path()
+        # ranks other than the first do not know a new folder
+        root = self.run.root if self.run is not None else Path()
+        if self.subcommand == "fit":
             callbacks.insert(0, Signals(go_on_command(root)))
         if config.enable_progress_bar is not False:
             callbacks.append(Progress())
@@ -194,12 +200,13 @@ class CLI(LightningCLI):
         if config.logger is None or config.logger is True:
             # events of steps after the checkpoint belong to the run that was cut off
             purge_step = self.checkpoint["global_step"] + 1 if self.checkpoint else 0
-            config.logger = self.run is not None and RunLogger(
-                self.run.root, name="", version="", default_hp_metric=False, purge_step=purge_step
+            # on every rank, for callbacks that want one; only the first one's writes
+            config.logger = self.subcommand == "fit" and RunLogger(
+                root, name="", version="", default_hp_metric=False, purge_step=purge_step
             )
         with refusals_of("--trainer"):
             trainer = super().instantiate_trainer(**kwargs)
-        check_strategy(trainer)
+        check_parts(trainer)
         if isinstance(trainer.strategy, DDPStrategy):
             # a gradient is then a part of what ranks exchange, and not a copy of it
             trainer.strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
@@ -227,6 +234,8 @@ class CLI(LightningCLI):
             check_same_model(self.checkpoint, self.model.hyper_parameters(), self.ckpt_path or "")
             if self.run is not None and self.run.newest_checkpoint() is not None:
                 data.check_same_data(self.checkpoint, self.ckpt_path or "")
+            elif self.subcommand != "fit":
+                data.check_held_out(self.checkpoint, self.ckpt_path or "", self.subcommand)
 
     def _prepare_training(self) -> None:
         """Check what only training needs."""
@@ -238,6 +247,7 @@ class CLI(LightningCLI):
             fid.check(self.model, find_callback(self.trainer, EMA))
         with refusals_of("--model.optimizer"):
             optimizer = self.model.make_optimizer()
+        check_scaler(self.trainer, optimizer)
         if self.checkpoint is not None:
             check_same_optimizer(self.checkpoint, optimizer, self.ckpt_path or "")
         step = self.checkpoint["global_step"] if self.checkpoint else 0
@@ -298,6 +308,11 @@ class CLI(LightningCLI):
             lines.append(
                 f"judging took {fid.seconds:.0f} s, {fid.share_of_time():.0%} of the time; "
                 f"records: {self.run.root / 'fid'}"
+            )
+        if fid is not None and fid.every_n_steps and fid.is_owed:  # and there was no step to do
+            lines.append(
+                "judging was cut short at the last step; to make up for it: "
+                f"{python} -m ddpm_lightning fid {last} {fid.options}"
             )
         nonfinite = find_callback(self.trainer, Nonfinite)
         if nonfinite is not None and nonfinite.num_skipped:

@@ -199,7 +199,10 @@ class DDPM(Denoiser, LightningModule):
             checkpoints.seal(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Draw t as training did when the checkpoint was written."""
+        """Go on at the step's first micro-batch, and draw t as training did."""
+        limit = self.trainer.limit_train_batches  # up to 1.0 it is a share
+        num_batches = int(limit) if isinstance(limit, int) or limit > 1 else None
+        checkpoints.align_batches(checkpoint, self.trainer.accumulate_grad_batches, num_batches)
         if isinstance(self._timesteps, LossSecondMoment):
             self._timesteps.load_state_dict(checkpoint.get("timestep_sampling", {}))
 
@@ -356,6 +359,7 @@ class DDPM(Denoiser, LightningModule):
         for group, options in zip(optimizer.param_groups, asked.param_groups, strict=True):
             group |= {key: value for key, value in options.items() if key != "params"}
             group["initial_lr"] = options["lr"]
+        place_steps(optimizer)
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
         for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
             group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
@@ -470,6 +474,20 @@ class DDPM(Denoiser, LightningModule):
             f"--model.net.in_channels {channels} --model.net.out_channels {outputs}, "
             "or change --data.channels"
         )
+
+
+def place_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Put Adam's counts of steps where its kernels look for them.
+
+    torch loads a checkpoint's to where the options of that time had them: fused kernels read them
+    on the device, all others on the CPU, where nothing has to be waited for.
+    """
+    for group in optimizer.param_groups:
+        on_device = group.get("fused") or group.get("capturable")
+        for weight in group["params"]:
+            step = optimizer.state.get(weight, {}).get("step")
+            if isinstance(step, Tensor):
+                optimizer.state[weight]["step"] = step.to(weight.device if on_device else "cpu")
 
 
 def _check_compiler() -> None:

@@ -2,12 +2,15 @@
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
+from ddpm_lightning.commands.trainer_checks import check_device, check_scaler
+from ddpm_lightning.errors import InputError
 from tests.command_line import TINY, TINY_OPTIONS, Result, run_here, run_process, train, tree
 from tests.training import save
 
@@ -258,6 +261,16 @@ def test_types(here: Path, option: str, told: str) -> None:
         ("trainer.max_epochs 3", "--trainer.max_steps N"),
         ("trainer.val_check_interval 0", "val_check_interval"),
         ("trainer.val_check_interval 0.5", "val_check_interval"),
+        ("trainer.val_check_interval 00:00:10:00", "give a whole number of optimizer steps"),
+        ("trainer.check_val_every_n_epoch 1", "--trainer.val_check_interval N optimizer steps"),
+        (
+            "trainer.limit_train_batches 5 --trainer.accumulate_grad_batches 2",
+            "--trainer.limit_train_batches 5: must be a multiple of --trainer.accumulate_grad_ba",
+        ),
+        (
+            'trainer.callbacks+=GradientAccumulationScheduler --trainer.callbacks.scheduling={"0":2}',  # noqa: E501
+            "GradientAccumulationScheduler: not supported",
+        ),
         ("trainer.accumulate_grad_batches 0", "accumulate_grad_batches"),
         (
             "trainer.accumulate_grad_batches 3",
@@ -282,6 +295,20 @@ def test_ranges(here: Path, option: str, told: str) -> None:
 def test_a_gpu_where_there_is_none(here: Path) -> None:
     refuse(here, "fit --config tiny.yaml --trainer.accelerator gpu", "gpu")
     refuse(here, "sample whole.ckpt --accelerator gpu", "--accelerator", "gpu")
+
+
+def test_devices_and_optimizers_that_would_be_silently_wrong() -> None:
+    strategy = SimpleNamespace(root_device=torch.device("mps"))
+    for option in ("--accelerator", "--trainer.accelerator"):
+        with pytest.raises(InputError, match=f"{option} mps: has no float64.*use {option} cpu"):
+            check_device(SimpleNamespace(strategy=strategy), option)  # type: ignore[arg-type]
+    scaling, plain = (SimpleNamespace(scaler=scaler) for scaler in (object(), None))
+    weights = [torch.nn.Parameter(torch.ones(2))]
+    fused, unfused = (torch.optim.Adam(weights, fused=value) for value in (True, False))
+    with pytest.raises(InputError, match="16-mixed with a fused optimizer"):
+        check_scaler(scaling, fused)  # type: ignore[arg-type]
+    check_scaler(scaling, unfused)  # type: ignore[arg-type]
+    check_scaler(plain, fused)  # type: ignore[arg-type]
 
 
 # --- data ----------------------------------------------------------------------------------------

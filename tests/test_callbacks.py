@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.optim import SGD
 
 from ddpm_lightning.callbacks import EMA, Checkpoints, Curves, Samples
 from ddpm_lightning.callbacks.run_logger import RunLogger
+from ddpm_lightning.callbacks.shared import TrainerRanks
 from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.module import DDPM, VALIDATION_SEED
@@ -638,3 +640,19 @@ def test_file_systems_without_hard_links(
     assert names(tmp_path) == ["last.ckpt", "step=1.ckpt"]
     one, other = (tmp_path / "checkpoints" / name for name in names(tmp_path))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_sums_of_the_cpu_are_exchanged_on_the_device() -> None:
+    """As those of a user's extractor that has no weights, and so no device."""
+    device = torch.device("meta")
+    seen = []
+
+    def reduce(tensor: Tensor, reduce_op: str) -> Tensor:
+        seen.append(tensor.device)
+        return torch.tensor([2.0])
+
+    strategy = SimpleNamespace(root_device=device, reduce=reduce)
+    trainer = SimpleNamespace(strategy=strategy, world_size=2, global_rank=0)
+    total = TrainerRanks(trainer).sum(torch.ones(1))  # type: ignore[arg-type]
+    assert seen == [device]
+    assert total.device.type == "cpu"

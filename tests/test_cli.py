@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -450,3 +451,16 @@ def test_sigterm_has_its_own_status(here: Path) -> None:
         process.terminate()
         process.communicate(timeout=120)
     assert process.returncode == 143
+
+
+def test_a_split_that_was_trained_on_is_refused(here: Path) -> None:
+    run_well(here, "fit", *TINY_OPTIONS, "--run_dir", "run")
+    for command, option in product(
+        ("validate", "test"), (("--seed_everything", 1), ("--data.val_fraction", 0.2))
+    ):
+        line = ("--ckpt_path", "run/checkpoints/last.ckpt", "--likelihood.num_images", 0)
+        result = run_here(here, command, *TINY_OPTIONS, *line, *option)
+        assert result.status == 2
+        assert result.err.count("\n") == 1
+        assert "trained on another share of digits" in result.err
+        assert "config.yaml" in result.err

@@ -537,3 +537,15 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(pictures: Path, tmp_path: P
     assert "the last good checkpoint is run/checkpoints/last.ckpt" in told[0]
     assert last.read_bytes() == before
     assert not list(folder.glob(".*"))
+
+
+def test_out_of_memory_before_there_is_a_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*arguments: object, **options: object) -> None:
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(UNet, "__init__", too_large)
+    result = run_here(tmp_path, "fit", "--model.net.base_channels", 64)
+    assert result.status == 2
+    assert "while the network was being built" in the_line(result.err)

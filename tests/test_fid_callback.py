@@ -29,6 +29,7 @@ from tests.training import (
     load,
     make_data,
     make_trainer,
+    save,
     scalars,
     tiny_module,
 )
@@ -252,6 +253,7 @@ def test_two_processes_judge_as_one(pictures: Path, tmp_path: Path) -> None:
     values, pictures_of = [], []
     for devices in (1, 2):
         more = f"--trainer.devices {devices} --trainer.strategy {'ddp' if devices > 1 else 'auto'}"
+        more += " --trainer.callbacks+=LearningRateMonitor"  # wants a logger on every rank
         result = run_process(tmp_path, *line.split(), *more.split(), "--run_dir", str(devices))
         assert result.status == 0, result.err
         record = json.loads((tmp_path / str(devices) / "fid/step=2-ema.json").read_text())
@@ -278,3 +280,60 @@ def pictures_in(run: Path) -> dict[str, NDArray[np.int64]]:
         decoded = Image.open(BytesIO(event.encoded_image_string))
         found[tag] = np.asarray(decoded, dtype=np.int64)
     return found
+
+
+def owe(checkpoint: Path) -> None:
+    """Let a checkpoint be one of a run that a signal stopped while its last step was judged."""
+    content = load(checkpoint)
+    content["callbacks"]["FID"]["is_owed"] = True
+    save(content, checkpoint)
+
+
+def test_best_follows_a_distance_that_was_owed(pictures: Path, tmp_path: Path) -> None:
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_step == 2:
+                found.append(load(best)["global_step"])
+
+    found: list[int] = []
+    best, last = (tmp_path / f"checkpoints/{name}.ckpt" for name in ("best", "last"))
+    for steps, resume in ((2, None), (3, last)):
+        trainer = make_trainer(
+            tmp_path,
+            EMA(0.5),
+            fid(num_steps=2),
+            Watch(),
+            Checkpoints(every_n_steps=1, monitor=f"{NAME}/ema"),
+            max_steps=steps,
+            val_check_interval=1,
+        )
+        trainer.fit(tiny_module(), make_data(pictures), ckpt_path=resume)
+        if resume is None:
+            owe(last)
+            best.unlink()
+    assert found == [2]
+
+
+def test_what_is_owed_at_the_end_is_told(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY.format(source=pictures))
+    line = (
+        "fit --config tiny.yaml --trainer.max_steps 2 --samples.every_n_steps 0 "
+        "--fid.every_n_steps 2 --fid.num_images 7 --fid.num_steps 2 --run_dir run "
+        "--fid.extractor tests.extractors.Small"
+    )
+    result = run_here(tmp_path, *line.split())
+    assert result.status == 0, result.err
+    assert "cut short" not in result.out
+    owe(tmp_path / "run/checkpoints/last.ckpt")
+    again = run_here(tmp_path, *line.split(), "--ckpt_path", "last")
+    assert again.status == 0, again.err
+    (told,) = [line for line in again.out.splitlines() if "cut short" in line]
+    command = told.partition("-m ddpm_lightning ")[2].split()
+    assert command[:2] == ["fid", "run/checkpoints/last.ckpt"]
+    made_up = run_here(tmp_path, *command, "--accelerator", "cpu", "--out", "out")
+    assert made_up.status == 0, made_up.err
+    records = [
+        json.loads((tmp_path / path).read_text())
+        for path in ("run/fid/step=2-ema.json", "out/record.json")
+    ]
+    assert records[1]["metrics"] == pytest.approx(records[0]["metrics"], rel=1e-6)

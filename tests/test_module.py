@@ -22,6 +22,7 @@ from ddpm_lightning.checkpoints import FORMAT_VERSION, load_checkpoint
 from ddpm_lightning.data.batches import Batch
 from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.errors import InputError
+from ddpm_lightning.module import place_steps
 from ddpm_lightning.samplers import (
     DDIMSampler,
     DPMSolver2MSampler,
@@ -743,3 +744,15 @@ def test_state_holds_network_keys_only() -> None:
     assert all(key.startswith("net.") for key in module.state_dict())
     assert len(module.state_dict()) == len(module.net.state_dict())
     assert flat_state(module.state_dict()).numel() == flat_weights(module.net).numel()
+
+
+def test_counts_of_steps_go_where_the_kernels_look_for_them() -> None:
+    """A device that is not the CPU stands for a GPU here."""
+    weight = nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = torch.optim.Adam([weight])
+    state = optimizer.state[weight]
+    for there, options in (("meta", {"fused": True}), ("meta", {"capturable": True}), ("cpu", {})):
+        state["step"] = torch.tensor(3.0)
+        optimizer.param_groups[0] |= {"fused": None, "capturable": False, **options}
+        place_steps(optimizer)
+        assert state["step"].device.type == there

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 
 from ddpm_lightning.callbacks import EMA, Checkpoints, Curves, Samples
 from tests.conftest import NUM_TRAIN
@@ -128,3 +129,71 @@ def test_a_killed_run_goes_on_where_it_was(pictures: Path, tmp_path: Path) -> No
     assert second.started_at is not None
     assert 10 <= second.started_at <= first.whole
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["killed", "whole"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_another_accumulation_goes_on_with_whole_batches(pictures: Path, tmp_path: Path) -> None:
+    """From one to two micro-batches a step, from a step that is odd, and back."""
+    one, two = (
+        Train(
+            tmp_path / str(accumulate),
+            pictures,
+            0.0,
+            0,
+            accumulate_grad_batches=accumulate,
+            val_check_interval=4 * accumulate,
+        )
+        for accumulate in (1, 2)
+    )
+    whole = one("whole", 12)
+    curves = one.logger.scalars
+    first = one("first", 3)
+    second = two("second", 7, resume=first / "last.ckpt")
+    assert two.recorder.positions == list(range(3 * 8, 7 * 8))
+    assert two.recorder.steps == [3, 4, 4, 5, 5, 6, 6, 7]
+    assert two.recorder.at("validation") == [4]
+    third = one("third", 12, resume=second / "last.ckpt")
+    assert one.recorder.positions == list(range(7 * 8, 12 * 8))
+    assert one.recorder.steps == list(range(8, 13))
+    assert one.recorder.at("validation") == [8, 12]
+    ours, theirs = (torch.load(path / "last.ckpt")["state_dict"] for path in (third, whole))
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-5)
+    loss = one.logger.scalars["val/loss"][12]
+    assert loss == pytest.approx(curves["val/loss"][12], rel=1e-4)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("limit", [1.0, 6])
+def test_a_stop_amid_a_step_is_made_up_for(limit: float, pictures: Path, tmp_path: Path) -> None:
+    """As --trainer.max_time may stop: after the first micro-batch of step 6 of two each."""
+
+    class Stop(Callback):
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            trainer.should_stop = trainer.global_step == 5 and batch.positions[0] == 5 * 8
+
+    def train(name: str, *callbacks: Callback, resume: Path | None = None) -> Path:
+        trainer = make_trainer(
+            tmp_path / name,
+            EMA(0.9),
+            *callbacks,
+            Checkpoints(every_n_steps=0),
+            max_steps=9,
+            accumulate_grad_batches=2,
+            val_check_interval=8,
+            limit_train_batches=limit,
+        )
+        trainer.fit(tiny_module(), make_data(pictures), ckpt_path=resume)
+        return tmp_path / name / "checkpoints" / "last.ckpt"
+
+    whole, recorder = train("whole"), Recorder()
+    cut = train("cut", Stop())
+    assert torch.load(cut)["global_step"] == 5
+    progress = torch.load(cut)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    assert progress["total"]["ready"] == 11
+    resumed = train("resumed", recorder, resume=cut)
+    assert recorder.positions == list(range(5 * 8, 9 * 8))
+    assert recorder.steps == [5, 6, 6, 7, 7, 8, 8, 9]
+    assert_same_training(resumed, whole)

@@ -96,6 +96,8 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             self._tidy(self.folder(trainer))
         self._lowest = trainer.strategy.broadcast(self._lowest)
+        if self._is_best(trainer):  # by a number that a signal had cut short, and is there now
+            self._save(trainer, ["best"])
 
     def _tidy(self, folder: Path) -> None:
         """Remove what a killed process left half-written, and see how good best.ckpt is."""
@@ -145,7 +147,8 @@ class Checkpoints(Checkpoint):
 
     def _is_best(self, trainer: Trainer) -> bool:
         """Compare the monitored metric's newest value with the lowest so far."""
-        metrics = trainer.callback_metrics
+        fid = find_callback(trainer, FID)
+        metrics: dict[str, Any] = {**(fid.latest if fid else {}), **trainer.callback_metrics}
         value = metrics.get(self.monitor)
         if value is None and self.monitor == "val/loss_ema":  # there is no average
             value = metrics.get("val/loss")

@@ -133,6 +133,20 @@ class FID(Callback):
             self._extractor = make_extractor(self._extractor_name, self._extractor_weights)
         return self._extractor
 
+    @property
+    def is_owed(self) -> bool:
+        """Whether a signal came before the newest step was judged."""
+        return self._is_owed
+
+    @property
+    def options(self) -> str:
+        """What has the command `fid` judge a checkpoint in the same way."""
+        steps = "" if self.sampler.num_steps is None else f" --num_steps {self.sampler.num_steps}"
+        return (
+            f"--extractor {self._extractor_name} --num_images {self.num_images} "
+            f"--weights {','.join(self.weights)} --sampler {self.sampler.name}{steps}"
+        )
+
     def check(self, model: DDPM, ema: EMA | None) -> None:
         """Refuse early what cannot be judged.
 

@@ -74,8 +74,9 @@ class TrainerRanks:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over the ranks."""
-        total: Tensor = self._strategy.reduce(tensor, reduce_op="sum")
-        return total
+        there = tensor.to(self._strategy.root_device)  # a user's extractor may work on the CPU
+        total: Tensor = self._strategy.reduce(there, reduce_op="sum")
+        return total.to(tensor.device)
 
     def concatenate(self, rows: Tensor) -> Tensor:
         """Concatenate [N_rank, D] in the order of the ranks; the N may differ."""

@@ -23,7 +23,10 @@ from ddpm_lightning.runs import Run
 
 
 class Job(Protocol):
-    """What is known of a command when something goes wrong in it."""
+    """What is known of a command when something goes wrong in it.
+
+    It has a trainer and a data module once they have been made.
+    """
 
     run: Run | None
     trainer: Trainer
@@ -93,7 +96,12 @@ def go_on_command(root: Path) -> str:
 
 
 def _told_of_memory(job: Job, error: BaseException) -> str:
-    trainer, data = job.trainer, job.datamodule
+    trainer, data = getattr(job, "trainer", None), getattr(job, "datamodule", None)
+    if trainer is None or data is None:
+        return (
+            "out of memory while the network was being built: give it fewer "
+            f"--model.net.base_channels ({str(error)[:200]})"
+        )
     accumulate = trainer.accumulate_grad_batches
     each = data.batch_size // (trainer.world_size * accumulate)
     # what shares out the images of a device next

@@ -6,16 +6,17 @@ from lightning.pytorch import Trainer
 from ddpm_lightning.callbacks import Together
 from ddpm_lightning.commands.clusters import cluster_plugins
 from ddpm_lightning.commands.shell import refusals_of
+from ddpm_lightning.commands.trainer_checks import check_device
 
 
 def make_trainer(accelerator: str, devices: str, num_nodes: int) -> Trainer:
     """Make a Trainer for one pass of `predict`, which writes nothing of its own.
 
     Raises:
-        InputError: There are no such devices.
+        InputError: There are no such devices, or they have no float64.
     """
     with refusals_of("--accelerator, --devices or --num_nodes"):
-        return Trainer(
+        trainer = Trainer(
             accelerator=accelerator,
             devices=devices,
             num_nodes=num_nodes,
@@ -27,6 +28,8 @@ def make_trainer(accelerator: str, devices: str, num_nodes: int) -> Trainer:
             callbacks=[Together()],
             plugins=cluster_plugins(),
         )
+    check_device(trainer, "--accelerator")
+    return trainer
 
 
 def choose_device(accelerator: str) -> torch.device:

@@ -219,6 +219,31 @@ class ImageDataModule(LightningDataModule):
                     "--run_dir NEW"
                 )
 
+    def check_held_out(self, checkpoint: dict[str, Any], path: str, stage: str) -> None:
+        """Refuse to validate or test on images that a checkpoint was trained on.
+
+        Only a share of the training images could be such: which one depends on the seed.
+
+        Args:
+            checkpoint: What it holds.
+            path: Its file.
+            stage: validate or test.
+
+        Raises:
+            InputError: The run held out another share of the same source.
+        """
+        theirs = checkpoint.get(type(self).__qualname__, {})
+        train, val, test = self._sets
+        held_out = val if stage == "validate" else test
+        is_share = isinstance(train, ImageSet) and held_out and held_out.cached is train.cached
+        is_same = theirs.get("images_sha256") == train.sha256
+        if is_share and theirs.get("source") == self.source and not is_same:
+            raise InputError(
+                f"{path}: trained on another share of {self.source}, so that the images to "
+                f"{stage} on are among those; give its run's config.yaml with --config, or its "
+                "--seed_everything and --data.val_fraction"
+            )
+
     @cached_property
     def channel_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel, two float32 [C] in grey levels.
