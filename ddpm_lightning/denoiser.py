@@ -285,7 +285,7 @@ class Denoiser(nn.Module):
             if not self.label_dropout:
                 raise InputError(
                     "the model was trained with label_dropout 0, and has never seen an image "
-                    "without a label: it can do nothing but sample with labels"
+                    "without a label: it cannot do without them"
                 )
             labels = torch.full_like(t, self.num_classes)
         told = () if labels is None else (labels,)

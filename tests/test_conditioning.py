@@ -12,15 +12,23 @@ from torch import Tensor, nn
 from ddpm_lightning import DDPM, UNet
 from ddpm_lightning.callbacks import EMA, Checkpoints
 from ddpm_lightning.checkpoints import file_sha256
+from ddpm_lightning.commands.pictures import open_subject, sampling_bar
+from ddpm_lightning.commands.progressive import draw_rows
+from ddpm_lightning.commands.shared_latents import go_on, run_chains
 from ddpm_lightning.data.batches import Batch
+from ddpm_lightning.data.datamodule import ImageDataModule
+from ddpm_lightning.data.labels import read_labels
+from ddpm_lightning.data.sources import open_source
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import make_class_grid, make_grid
-from ddpm_lightning.randomness import Stream, hash_uniform
+from ddpm_lightning.randomness import Stream, derive_seed, hash_uniform
 from ddpm_lightning.samplers import (
     DDIMSampler,
+    DDPMSampler,
     Guidance,
     Guided,
     HeunSampler,
+    Start,
     count_evaluations,
     make_guidance,
 )
@@ -395,6 +403,68 @@ def test_fid_sweeps_guidance(here: Path, tmp_path: Path) -> None:
     run_well(here, *command)
     (row,) = json.loads((out / "sweep.json").read_text())["rows"]
     assert row["subject"]["guidance"] == {"labels": "seed modulo 2", "scale": 1.0, "rescale": 0.0}
+
+
+@pytest.mark.parametrize("run", ["run", "sure"])
+def test_test_tells_labels(here: Path, labelled: Path, run: str) -> None:
+    checkpoint = f"{run}/checkpoints/last.ckpt"
+    arguments = ("--config", f"{run}/config.yaml", "--ckpt_path", checkpoint)
+    result = run_well(here, "test", *arguments, "--likelihood.num_images", 1)
+    printed = dict(line.split(": ") for line in result.out.splitlines())
+    model = DDPM.from_checkpoint(here / checkpoint)
+    data = ImageDataModule(str(labelled))
+    test_images = data.test_images
+    assert test_images is not None
+    found = read_labels(open_source(str(labelled)), test_images, num_classes=2)[:1]
+    images = torch.from_numpy(test_images[np.arange(1)])
+    bounds = [
+        float(model.bound(Batch(images, np.arange(1), torch.tensor([label]))).total.mean())
+        for label in (found[0], 1 - found[0])
+    ]
+    printed_bound = float(printed["test/bits_per_dim_ema"])
+    assert printed_bound == pytest.approx(bounds[0], rel=1e-5)
+    assert printed_bound != pytest.approx(bounds[1], rel=1e-5)
+
+
+def test_pictures_show_what_sample_gives(here: Path, tmp_path: Path) -> None:
+    """A model that has never seen an image without a label draws them, too."""
+    checkpoint, seeds = "sure/checkpoints/last.ckpt", [3, 4, 5]
+    subject = open_subject(str(here / checkpoint), "ema", DDIMSampler(4), "cpu")
+    _, rows = draw_rows(subject, [seeds], {0, 3})
+    assert torch.equal(rows[:, -1], subject.model.sample(seeds, DDIMSampler(4)))
+
+    subject = open_subject(str(here / checkpoint), "ema", DDPMSampler(4), "cpu")
+    with sampling_bar(0) as bar:
+        whole, states = run_chains(subject, seeds, [19], bar)
+        samples = go_on(subject, states[:, 0], 19, seeds, 2, 64, bar)
+    assert torch.equal(whole, subject.model.sample(seeds, DDPMSampler(4)))
+    fresh = [derive_seed(seed, 19, number) for seed in seeds for number in range(2)]
+    start = Start(states[:, 0].repeat_interleave(2, dim=0), 19)
+    (expected,) = subject.model.batches(
+        fresh, DDPMSampler(4), 64, start=start, labels=[1, 1, 0, 0, 1, 1]
+    )
+    assert torch.equal(samples.flatten(0, 1), expected)
+
+    out = ("--num_images", 2, "--num_steps", 4, "--accelerator", "cpu", "--out")
+    for command in ("progressive", "shared-latents"):
+        run_well(here, command, CKPT, *out, tmp_path / f"{command}.png")
+        record = json.loads((tmp_path / f"{command}.json").read_text())
+        assert record["guidance"] == {"labels": "seed modulo 2", "scale": 1.0, "rescale": 0.0}
+    judged = ("--num_judged", 6, "--extractor", "tests.extractors.Small", "--sampler", "ddim")
+    run_well(here, "progressive", checkpoint, *judged, *out, tmp_path / "judged.png")
+    steps = json.loads((tmp_path / "judged.json").read_text())["quality"]["steps"]
+    row = ("--num_images", 6, "--num_steps", 4, "--sampler", "ddim", "--accelerator", "cpu")
+    small = ("--extractor", "tests.extractors.Small", "--out", tmp_path / "fid")
+    run_well(here, "fid", checkpoint, *row, *small)
+    metrics = json.loads((tmp_path / "fid/record.json").read_text())["metrics"]
+    assert steps[-1]["metrics"]["fd_Small"] == pytest.approx(metrics["fd_Small"], rel=1e-6)
+
+
+def test_likelihood_says_that_it_tells_none(here: Path, tmp_path: Path) -> None:
+    options = ("--num_images", 1, "--num_steps", 2, "--accelerator", "cpu", "--out", tmp_path / "o")
+    run_well(here, "likelihood", CKPT, *options)
+    protocol = json.loads((tmp_path / "o/record.json").read_text())["protocol"]
+    assert protocol["labels"] == "none: the unconditional model"
 
 
 def test_other_commands_tell_no_label(here: Path, labelled: Path, tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ class Likelihood(Callback):
         count = int((batch.positions < self.num_images).sum())  # positions rise
         if not count:
             return
-        batch = Batch(batch.images[:count], batch.positions[:count])
+        labels = None if batch.labels is None else batch.labels[:count]
+        batch = Batch(batch.images[:count], batch.positions[:count], labels)
         self._add(self._raw, trainer, pl_module, batch, "raw")
         ema = find_callback(trainer, EMA)
         if ema is not None and ema.is_active:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ddpm_lightning.checkpoints import Weights
 from ddpm_lightning.commands.batch_task import BatchTask
 from ddpm_lightning.commands.likelihood_charts import draw
+from ddpm_lightning.commands.loading import load_unchanged
 from ddpm_lightning.commands.options import parse_options
 from ddpm_lightning.commands.references import open_reference
 from ddpm_lightning.commands.rows import describe_checkpoint
@@ -105,7 +106,7 @@ def likelihood(
         if is_rank_zero():
             announce(_summary(read_record(folder / "record.json"), folder))
         return
-    model = DDPM.from_checkpoint(found.path, weights)
+    model = load_unchanged(found.path, found.sha256, weights)
     task = BoundTask(model, process, images, count, batch_size, seed, folder / "parts")
     trainer.predict(task, return_predictions=False)
     if not trainer.is_global_zero:
@@ -116,6 +117,7 @@ def likelihood(
         "images_sha256": images.sha256,
         "image_shape": list(images.image_shape),
         "seed": seed,
+        **({"labels": "none: the unconditional model"} if found.num_classes else {}),
     }
     subject = {
         **describe_checkpoint(found, weights),

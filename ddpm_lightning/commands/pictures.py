@@ -9,13 +9,14 @@ from tqdm import tqdm
 
 from ddpm_lightning.bars import bar_options
 from ddpm_lightning.checkpoints import Weights
+from ddpm_lightning.commands.loading import load_unchanged
 from ddpm_lightning.commands.settings import check_settings
 from ddpm_lightning.commands.shell import announce
 from ddpm_lightning.commands.subjects import Checkpoint, CheckpointReader
 from ddpm_lightning.commands.trainer import choose_device
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import write_png
-from ddpm_lightning.metrics.record import describe_sampler, write_record
+from ddpm_lightning.metrics.record import describe_guidance, describe_sampler, write_record
 from ddpm_lightning.module import DDPM
 from ddpm_lightning.samplers import Sampler
 
@@ -44,6 +45,11 @@ class Subject(NamedTuple):
         """Describe the sampler for a record."""
         return describe_sampler(self.sampler, self.num_steps)
 
+    def describe_classes(self) -> dict[str, Any]:
+        """Say for a record which classes samples have; nothing for a model without."""
+        classes = self.model.num_classes
+        return {"guidance": describe_guidance(None, classes)} if classes else {}
+
     def title(self) -> str:
         """Say in a line what it is."""
         sampler = self.describe_sampler()
@@ -64,7 +70,7 @@ def open_subject(checkpoint: str, weights: Weights, sampler: Sampler, accelerato
     """
     path = Path(checkpoint)
     found = CheckpointReader([weights], [sampler])(path)
-    model = DDPM.from_checkpoint(path, weights).to(choose_device(accelerator))
+    model = load_unchanged(path, found.sha256, weights).to(choose_device(accelerator))
     return Subject(found, weights, sampler, model)
 
 

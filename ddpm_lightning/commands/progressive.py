@@ -87,6 +87,7 @@ def progressive(
         "num_columns": len(shown),
         "num_judged": num_judged,
         "batch_size": batch_size,
+        **subject.describe_classes(),
     }
     quality = None
     if num_judged is not None:
@@ -121,7 +122,9 @@ def draw_rows(
     with sampling_bar(len(batches) * subject.num_steps) as bar:
         for batch in batches:
             timesteps, columns, last = [], [], None
-            for index, last in enumerate(subject.model.denoise(batch, subject.sampler)):
+            labels = subject.model.labels_of(batch)
+            chain = subject.model.denoise(batch, subject.sampler, labels=labels)
+            for index, last in enumerate(chain):
                 bar.update()
                 if index in shown:
                     timesteps.append(last.t)

@@ -92,7 +92,8 @@ class Quality:
         timesteps: dict[int, int] = {}
         with sampling_bar(len(batches) * num_steps, "judging") as bar:
             for batch in batches:
-                chain = self._subject.model.denoise(batch, self._subject.sampler)
+                labels = self._subject.model.labels_of(batch)
+                chain = self._subject.model.denoise(batch, self._subject.sampler, labels=labels)
                 for index, step in enumerate(chain):
                     bar.update()
                     if index not in shown:

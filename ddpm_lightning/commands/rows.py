@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 from ddpm_lightning.checkpoints import Weights
+from ddpm_lightning.commands.loading import load_unchanged
 from ddpm_lightning.commands.run_config import RunConfig
 from ddpm_lightning.commands.subjects import Checkpoint, StoredImages, Subject
 from ddpm_lightning.commands.told import Guide
+from ddpm_lightning.data.order import permutation
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.metrics.record import describe_guidance, describe_sampler, sampler_slug
-from ddpm_lightning.module import DDPM
-from ddpm_lightning.randomness import NUM_SEEDS
+from ddpm_lightning.randomness import NUM_SEEDS, Stream
 from ddpm_lightning.samplers import Guidance, Sampler, count_evaluations
+
+ORDER = "shuffled by seed 0"
+"""Of images from the disk, by which the numbers in a record are counted."""
 
 Batches = Callable[[Sequence[int]], Iterator[Tensor]]
 """Gives images by their numbers, batch by batch: uint8 [n, C, H, W]."""
@@ -95,7 +99,8 @@ class SampledRow(Row):
 
     def open(self, device: torch.device, batch_size: int) -> Batches:
         """Load the model."""
-        model = DDPM.from_checkpoint(self.checkpoint.path, self.weights).to(device)
+        found = self.checkpoint
+        model = load_unchanged(found.path, found.sha256, self.weights).to(device)
         guide = None if self.guide is None else self.guide.load(self.weights, model).to(device)
         return lambda seeds: model.batches(
             seeds,
@@ -125,7 +130,7 @@ class SampledRow(Row):
 
 @dataclass(frozen=True)
 class StoredRow(Row):
-    """Images from the disk, in their order there."""
+    """Images from the disk, shuffled: the first ones of a folder may all be of one class."""
 
     numbers: ClassVar[str] = "images"
     stored: StoredImages
@@ -137,8 +142,8 @@ class StoredRow(Row):
 
     @property
     def identity(self) -> list[Any]:
-        """The pixels."""
-        return [self.stored.sha256]
+        """The pixels, and their order."""
+        return [self.stored.sha256, ORDER]
 
     @property
     def nfe(self) -> int:
@@ -147,10 +152,11 @@ class StoredRow(Row):
 
     def open(self, device: torch.device, batch_size: int) -> Batches:
         """Read from the disk, batch by batch."""
+        order = permutation(len(self.stored.images), 0, Stream.SPLIT, 0)
 
         def batches(indices: Sequence[int]) -> Iterator[Tensor]:
             for start in range(0, len(indices), batch_size):
-                chosen = np.array(indices[start : start + batch_size])
+                chosen = np.sort(order[indices[start : start + batch_size]])
                 yield torch.from_numpy(self.stored.images[chosen])
 
         return batches
@@ -161,8 +167,11 @@ class StoredRow(Row):
             "path": str(self.stored.path),
             "sha256": self.stored.sha256,
             "num_images": len(self.stored.images),
+            "order": ORDER,
         }
-        if self.stored.settings is not None:
+        if self.stored.settings is None:
+            description["quantisation"] = "uint8 as stored; how it was rounded is not known"
+        else:
             description["sample_settings"] = self.stored.settings
         return description
 

@@ -74,6 +74,7 @@ def shared_latents(
         "split": [t + 1 for t in timesteps],
         "num_samples": num_samples,
         "batch_size": batch_size,
+        **subject.describe_classes(),
     }
     picture = PictureFile("shared-latents", out, subject, settings)
     num_left = [len(visited[visited <= t]) for t in timesteps]
@@ -132,7 +133,7 @@ def run_chains(
     noise = NoiseStreams(seeds, torch.device("cpu")).normal(subject.checkpoint.image_shape)
     states = {visited[-1]: noise.to(subject.model.device)}
     last = None
-    chain = subject.model.denoise(seeds, subject.sampler)
+    chain = subject.model.denoise(seeds, subject.sampler, labels=subject.model.labels_of(seeds))
     for t_next, last in zip([*visited[-2::-1], None], chain, strict=True):
         bar.update()
         if t_next in timesteps:
@@ -166,7 +167,9 @@ def go_on(
     """
     fresh = [derive_seed(seed, t, number) for seed in seeds for number in range(num_samples)]
     start = Start(x_t.repeat_interleave(num_samples, dim=0), t)
-    images = subject.model.batches(fresh, subject.sampler, batch_size, bar.update, start)
+    # the chain's class, not that of the derived seed
+    labels = subject.model.labels_of([seed for seed in seeds for _ in range(num_samples)])
+    images = subject.model.batches(fresh, subject.sampler, batch_size, bar.update, start, labels)
     samples = torch.cat([part.cpu() for part in images])
     return samples.reshape(len(seeds), num_samples, *x_t.shape[1:])
 

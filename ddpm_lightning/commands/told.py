@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_lightning.checkpoints import Weights, file_sha256, load_checkpoint
+from ddpm_lightning.commands.loading import load_unchanged
 from ddpm_lightning.commands.options import parse_ranges
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.module import DDPM
@@ -42,12 +43,7 @@ class Guide:
             InputError: The file has changed, has no such weights, or is of another kind than the
                 model.
         """
-        if file_sha256(self.path) != self.sha256:
-            raise InputError(
-                f"--guide {self.path}: has changed since it was first read; name a checkpoint that "
-                "stays as it is, such as a step=N.ckpt"
-            )
-        guide = DDPM.from_checkpoint(self.path, weights)
+        guide = load_unchanged(self.path, self.sha256, weights, "--guide")
         try:
             model.check_guide(guide)
         except InputError as error:
