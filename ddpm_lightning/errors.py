@@ -9,6 +9,10 @@ class InputError(ValueError):
     """
 
 
+class CacheError(InputError):
+    """The cache's folder cannot be written; the remedy is the same whatever it is for."""
+
+
 class SharedError(InputError):
     """What all ranks of a job find at the same moment, and end with: the first tells of it."""
 

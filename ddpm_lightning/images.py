@@ -170,16 +170,32 @@ def write_png(path: Path, image: Tensor) -> None:
     write_atomically(path, lambda file: to_pil(image).save(file, format="PNG"))
 
 
-def write_gif(path: Path, frames: list[Tensor], milliseconds: int = 60) -> None:
+def write_gif(path: Path, frames: list[Tensor], comment: str, milliseconds: int = 60) -> None:
     """Write uint8 [C, H, W] frames as an endless GIF that rests two seconds on the last one."""
     first, *others = [to_pil(frame) for frame in frames]
     durations = [milliseconds] * len(others) + [2000]
     write_atomically(
         path,
         lambda file: first.save(
-            file, "GIF", save_all=True, append_images=others, duration=durations, loop=0
+            file,
+            "GIF",
+            save_all=True,
+            append_images=others,
+            duration=durations,
+            loop=0,
+            comment=comment.encode(),
         ),
     )
+
+
+def comment_of(path: Path) -> str | None:
+    """Give a GIF's comment; None where there is no such file, or it has none."""
+    try:
+        with Image.open(path) as image:
+            comment = image.info.get("comment")
+    except OSError:
+        return None
+    return comment.decode() if isinstance(comment, bytes) else None
 
 
 def decode(data: bytes, size: tuple[int, int] | None, channels: int | None) -> Pixels:

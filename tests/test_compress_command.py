@@ -1,6 +1,8 @@
 """`compress` and `decompress`: files that may be cut, and refusals of one line."""
 
 import csv
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +146,17 @@ def test_help_says_what_it_cannot_do(folder: Path, command: str, usage: str) -> 
     assert "same PyTorch" in " ".join(result.out.split())
 
 
+def huge_png() -> bytes:
+    """A PNG of 20,000 x 20,000 pixels, at whose header Pillow stops, with an error of its own."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        crc = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+
+    size = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", b"")
+
+
 def test_bad_input_is_refused_by_name(folder: Path) -> None:
     whole = (folder / "file.ddpm").read_bytes()
     changed = bytearray(whole)
@@ -155,6 +168,7 @@ def test_bad_input_is_refused_by_name(folder: Path) -> None:
         "newer.ddpm": whole[:4] + b"\x07" + whole[5:],
         "longer.ddpm": whole + b"?",
         "none.ddpm": b"",
+        "huge.png": huge_png(),
     }
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -187,8 +201,9 @@ def test_bad_input_is_refused_by_name(folder: Path) -> None:
     refused(decompress(*away[:3], "grey.png"), "--out grey.png: exists, and nothing is overwritten")
 
     refused(compress("grey.png", "last.ckpt", "--out", "file.ddpm"), "--out file.ddpm: exists")
-    refused(compress("missing.png", "last.ckpt"), "missing.png: not an image that can be read")
-    refused(compress("text.png", "last.ckpt"), "text.png: not an image that can be read")
+    refused(compress("missing.png", "last.ckpt"), "missing.png: cannot be read (No such file")
+    refused(compress("text.png", "last.ckpt"), "text.png: cannot be decoded: not an image in any")
+    refused(compress("huge.png", "last.ckpt"), "huge.png: cannot be decoded: Image size")
     refused(compress("narrow.png", "last.ckpt"), "narrow.png: 1x8x6 (channels, height, width)")
     refused(compress("colour.png", "last.ckpt"), "colour.png: 3x8x8", "the model draws 1x8x8")
     refused(compress("grey.png", "grey.png"), "grey.png: not a whole checkpoint file")

@@ -147,3 +147,18 @@ except InputError as error:
     ), done.stderr
     assert done.stdout.count("\n") == 1
     assert "Retry" not in done.stderr  # six tries would take 24 seconds
+
+
+def test_tables_differ_though_they_are_asked_to_be_held_in_memory(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 10**9)
+    sources = []
+    for name, level in {"a": 1, "b": 2}.items():
+        (in_tmp / name).mkdir()
+        table([level], "image").to_parquet(in_tmp / name / "train.parquet")
+        table([level], "image").to_parquet(in_tmp / f"{name}.parquet")
+        table([level], "image").save_to_disk(in_tmp / f"{name}-saved")
+        sources += [name, f"{name}.parquet", f"{name}-saved"]
+    fingerprints = {open_source(str(in_tmp / source)).fingerprint for source in sources}
+    assert len(fingerprints) == 6

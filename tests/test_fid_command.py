@@ -20,6 +20,8 @@ from ddpm_lightning import DDPM
 from ddpm_lightning.checkpoints import Weights, file_sha256
 from ddpm_lightning.commands import judging, watching
 from ddpm_lightning.commands.fid import make_samplers
+from ddpm_lightning.commands.rows import SampledRow, StoredRow
+from ddpm_lightning.commands.subjects import CheckpointReader, StoredImages, find_subjects
 from ddpm_lightning.data.datamodule import ImageDataModule
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import write_png
@@ -360,6 +362,8 @@ def test_images_on_the_disk_equal_those_of_a_checkpoint(here: Path) -> None:
     assert rows[1]["subject"]["sample_settings"]["checkpoint"] == checkpoint
     assert rows[2]["subject"]["sha256"] == file_sha256(here / "npz/samples.npz")
     assert rows[4]["subject"]["images"] == "0-29"
+    told = [row["subject"].get("quantisation") for row in rows]
+    assert told == [None, None, *["uint8 as stored; how it was rounded is not known"] * 3]
     assert {row["protocol"]["reference"]["num_images"] for row in rows} == {1797}
     assert "npz/samples.npz" in result.out
 
@@ -711,3 +715,50 @@ def test_diverged_weights(wrong: Path) -> None:
     assert result.err.splitlines()[-1].startswith("error: a sample is not finite")
     # what was judged before stays
     assert len(values(wrong / "half")) == 1
+
+
+def test_a_checkpoint_that_changes_meanwhile_is_refused(here: Path) -> None:
+    first, other = (here / f"run/checkpoints/step={step}.ckpt" for step in (5, 10))
+    sampler = DDIMSampler(2)
+    found = CheckpointReader(["ema"], [sampler])(first)
+    row = SampledRow(found, "ema", sampler)
+    row.open(torch.device("cpu"), 4)
+    shutil.copy(other, first)
+    with pytest.raises(InputError, match="step=5.ckpt: has changed since it was first read"):
+        row.open(torch.device("cpu"), 4)
+
+
+def test_a_run_that_cannot_be_written_has_no_curves(here: Path) -> None:
+    (here / "run/fid_sweep").write_text("in the way")
+    result = fid(here, "run/checkpoints/step=5.ckpt", "--num_steps", 2, "--out", "out")
+    assert "no curves for TensorBoard: run/fid_sweep/curves cannot be written" in result.out
+    assert len(values(here / "out")) == 1
+
+
+def test_images_from_the_disk_are_shuffled(tmp_path: Path) -> None:
+    """Those of a folder with a subfolder for each class would be the first classes' alone."""
+    for name, level in {"black": 0, "white": 255}.items():
+        (tmp_path / "both" / name).mkdir(parents=True)
+        for index in range(50):
+            image = torch.full((1, 8, 8), level, dtype=torch.uint8)
+            image[0, 0, 0] = index
+            write_png(tmp_path / "both" / name / f"{index:02}.png", image)
+    (found,) = find_subjects([str(tmp_path / "both")], CheckpointReader(["ema"], []))
+    assert isinstance(found, StoredImages)
+    batches = StoredRow(found).open(torch.device("cpu"), 8)
+    images = torch.cat(list(batches(range(100))))
+    few = torch.cat(list(batches(range(20))))
+    assert 5 <= int((few[:, 0, 1, 1] == 255).sum()) <= 15
+    assert len({image.numpy().tobytes() for image in images}) == 100
+    by_eight = torch.cat([images[start : start + 8] for start in (0, 8)])
+    assert torch.equal(few[:16], by_eight)
+
+
+def test_the_remedy_for_the_cache_is_told(here: Path) -> None:
+    (here / "pictures").mkdir()
+    for index in range(2):
+        write_png(here / f"pictures/{index}.png", torch.full((1, 8, 8), index, dtype=torch.uint8))
+    (here.parent / "here-cache").touch()  # a file where the folder should be
+    result = run_here(here, *options("pictures", "--reference", "digits"))
+    assert result.status == 2
+    assert "$DDPM_LIGHTNING_CACHE" in result.err

@@ -123,6 +123,7 @@ def test_a_users_module() -> None:
         "layer": "output",
         "resizer": "its own",
         "weights_sha256": module_sha256(extractors.Small()),
+        "source_sha256": file_sha256(extractors.__file__),
     }
     features, logits = extractor(images(5))
     assert features.shape == (5, extractors.NUM_FEATURES)
@@ -385,3 +386,19 @@ def test_few_images_bring_a_warning() -> None:
     assert [text.split(":")[0] for text in warnings_of(few, enough)] == ["samples"]
     assert [text.split(":")[0] for text in warnings_of(few, few)] == ["samples", "reference"]
     assert "24 images for 24 features" in warnings_of(few, enough)[0]
+
+
+def test_what_a_users_network_does_is_in_the_protocol(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    protocols = []
+    for factor in (1, 2):
+        name = f"own{factor}"
+        (tmp_path / f"{name}.py").write_text(
+            "import torch\n\n\nclass Net(torch.nn.Module):\n"
+            f"    def forward(self, x):\n        return {factor} * x.float().mean((2, 3))\n"
+        )
+        protocols.append(make_extractor(f"{name}.Net").protocol)
+    assert protocols[0]["weights_sha256"] == protocols[1]["weights_sha256"]
+    assert protocols[0]["source_sha256"] != protocols[1]["source_sha256"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ddpm_lightning.data.batches import ImageSet
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import CacheError, InputError
 from ddpm_lightning.metrics import reference as under_test
 from ddpm_lightning.metrics.features import Extractor, make_extractor
 from ddpm_lightning.metrics.judge import Metric
@@ -288,3 +288,18 @@ def test_moments_do_not_serve_all_metrics(metric: Metric, tmp_path: Path) -> Non
     load_reference(path, small(), ["fd", "is"])
     with pytest.raises(InputError, match="holds only moments"):
         load_reference(path, small(), ["fd", metric])
+
+
+def test_what_is_kept_needs_no_lock(
+    pictures: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a cache that others fill may be one that this user cannot write."""
+    first = take(pictures, tmp_path / "cache")
+
+    def refused(*arguments: object) -> None:
+        raise CacheError("cannot be written")
+
+    monkeypatch.setattr(under_test, "locked", refused)
+    assert_same_reference(take(pictures, tmp_path / "cache"), first)
+    with pytest.raises(CacheError):
+        take(pictures, tmp_path / "other")

@@ -15,6 +15,7 @@ from ddpm_lightning.diffusion.schedules import make_betas
 from ddpm_lightning.images import make_grid, to_float, to_uint8
 from ddpm_lightning.samplers import DDIMSampler
 from tests.command_line import run_here, train, tree
+from tests.training import load, save
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -109,3 +110,15 @@ def test_timesteps_of_pure_noise_are_left_out() -> None:
     ratios = (1 / cosine.alphas_cumprod - 1).sqrt()
     assert float(ratios[kept.num_timesteps - 1]) <= 200 < float(ratios[kept.num_timesteps])
     assert torch.equal(kept.alphas_cumprod, cosine.alphas_cumprod[: kept.num_timesteps])
+
+
+def test_diverged_weights(tmp_path: Path, checkpoint: Path, pictures: Path) -> None:
+    content = load(checkpoint)
+    for state in ("state_dict", "ema_state_dict"):
+        next(iter(content[state].values())).fill_(float("nan"))
+    save(content, tmp_path / "bad.ckpt")
+    line = ("bad.ckpt", pictures, "--num_images", 2, "--num_steps", 3, "--out", "x.png")
+    result = run_here(tmp_path, "reconstruct", *line, "--accelerator", "cpu")
+    assert result.status == 2
+    assert "not finite" in result.err
+    assert not (tmp_path / "x.png").exists()

@@ -14,7 +14,7 @@ from PIL.GifImagePlugin import GifImageFile
 from ddpm_lightning import DDPM
 from ddpm_lightning.checkpoints import Weights, file_sha256
 from ddpm_lightning.commands.sample import parse_seeds, seeds_to_text
-from ddpm_lightning.images import make_grid
+from ddpm_lightning.images import comment_of, make_grid
 from ddpm_lightning.samplers import (
     DDIMSampler,
     DDPMSampler,
@@ -278,3 +278,39 @@ def test_seeds_are_read_and_written(text: str, seeds: list[int]) -> None:
     assert seeds_to_text(seeds) == text.replace(" ", "")
     assert parse_seeds(None, 3) == [0, 1, 2]
     assert parse_seeds(None, None) == list(range(64))
+
+
+def test_a_folder_may_be_called_as_an_option_is(here: Path, checkpoint: Path) -> None:
+    sample(here, checkpoint, "--num_images", 1, "--out", "gif")
+    assert (here / "gif/000000.png").exists()
+    assert not (here / "gif/denoising.gif").exists()
+
+
+def test_within_the_folder_of_checkpoints(here: Path, checkpoint: Path) -> None:
+    (here / "run/checkpoints").mkdir(parents=True)
+    shutil.copy(checkpoint, here / "run/checkpoints/last.ckpt")
+    result = sample(here / "run/checkpoints", "last.ckpt", "--num_images", 1)
+    assert result.out.startswith("samples: ../generated/step=10-ema-ddpm-20\n")
+    assert (here / "run/generated/step=10-ema-ddpm-20/000000.png").exists()
+
+
+def test_the_gif_is_of_the_seeds_asked_for(here: Path, checkpoint: Path) -> None:
+    options = ("--num_steps", 3, "--out", "out")
+    sample(here, checkpoint, "--seeds", "4-5", *options)
+    gifs = []
+    for seeds in ("0-1", "4-5"):
+        sample(here, checkpoint, "--seeds", seeds, *options, "--gif")
+        gifs.append((here / "out/denoising.gif").read_bytes())
+        assert comment_of(here / "out/denoising.gif") == seeds
+    assert gifs[0] != gifs[1]
+    written = (here / "out/denoising.gif").stat().st_mtime_ns
+    sample(here, checkpoint, "--seeds", "4-5", *options, "--gif")  # as it is there already
+    assert (here / "out/denoising.gif").stat().st_mtime_ns == written
+
+
+def test_a_gif_of_samples_that_are_there(here: Path, checkpoint: Path) -> None:
+    options = ("--num_images", 2, "--num_steps", 3, "--format", "npz", "--out", "out")
+    sample(here, checkpoint, *options)
+    result = run_here(here, "sample", checkpoint, *options, "--accelerator", "cpu", "--gif")
+    assert result.status == 2
+    assert "sampled without it; give another --out" in result.err

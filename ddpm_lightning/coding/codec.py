@@ -120,11 +120,11 @@ def encode(
         p, q = (_previous(process, x, x_t, index) for x in (pred_x_0, x_0))
 
     levels = image.flatten().numpy().astype(np.int32)
-    candidates = [_pixel_probabilities(p, width) for width in _WIDTHS]
-    costs = [_information(levels, probabilities) for probabilities in candidates]
+    # one table at a time: at 3x256x256 each takes 400 MB
+    costs = [_information(levels, _pixel_probabilities(p, width)) for width in _WIDTHS]
     best = int(np.argmin(costs))
     writer.put_uniform(np.array([best], dtype=np.int32), _WIDTH_SIZES)
-    writer.put(levels, candidates[best])
+    writer.put(levels, _pixel_probabilities(p, _WIDTHS[best]))
     theoretical += costs[best]
     data = writer.to_bytes()
     rates = 8 * len(data) / image.numel(), theoretical / image.numel()

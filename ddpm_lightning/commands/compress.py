@@ -19,8 +19,9 @@ from ddpm_lightning.commands.coding import (
 )
 from ddpm_lightning.commands.options import parse_options
 from ddpm_lightning.commands.shell import announce, new_file, run_command
+from ddpm_lightning.data.decoding import BrokenImage, decode_item
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.images import decode, to_pil, write_atomically
+from ddpm_lightning.images import to_pil, write_atomically
 from ddpm_lightning.randomness import NUM_SEEDS
 
 _MAX_ROWS = 25  # of the table that is shown; the CSV has all
@@ -94,9 +95,13 @@ def compress(
 def _read_image(name: str) -> Tensor:
     """Read an image's own pixels, uint8 [C, H, W]."""
     try:
-        return torch.from_numpy(decode(Path(name).read_bytes(), size=None, channels=None).copy())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: not an image that can be read ({error})") from error
+        content = Path(name).read_bytes()
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read ({error.strerror})") from error
+    pixels = decode_item(lambda: content, size=None, channels=None)
+    if isinstance(pixels, BrokenImage):
+        raise InputError(f"{name}: cannot be decoded: {pixels}; give another image")
+    return torch.from_numpy(pixels.copy())
 
 
 def _describe(history: Sequence[Progress]) -> str:

@@ -206,7 +206,8 @@ def parse_options(
     parser.add_function_arguments(command, as_group=False, as_positional=True, skip=set(words))
     arguments = sys.argv[2:]
     for index, argument in enumerate(arguments):
-        default = parser.get_defaults().get(argument.removeprefix("--"))
+        named = argument.startswith("--")  # a file or folder may be called gif
+        default = parser.get_defaults().get(argument.removeprefix("--")) if named else None
         bare = arguments[index + 1 : index + 2] not in (["true"], ["false"])
         if isinstance(default, bool) and bare:  # --gif means --gif true
             arguments[index] = f"{argument}=true"

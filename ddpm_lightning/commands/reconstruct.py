@@ -13,9 +13,10 @@ from ddpm_lightning.commands.shell import announce, new_file, run_command
 from ddpm_lightning.commands.subjects import check_shape, without_remedy
 from ddpm_lightning.commands.trainer import choose_device
 from ddpm_lightning.data.datamodule import ImageDataModule
+from ddpm_lightning.denoiser import finished_images
 from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.images import make_grid, to_float, to_uint8, write_png
+from ddpm_lightning.images import make_grid, to_float, write_png
 from ddpm_lightning.module import DDPM
 from ddpm_lightning.samplers import DDIMSampler
 from ddpm_lightning.samplers.heun import MAX_RATIO
@@ -90,7 +91,7 @@ def _there_and_back(model: DDPM, process: Process, sampler: DDIMSampler, images:
     # not `*_, last`: that keeps all the steps
     latent = deque(sampler.encode(model, process, x_0), maxlen=1).pop()
     last = deque(sampler(model, process, lambda: latent), maxlen=1).pop()
-    return to_uint8(last.x_prev).cpu()
+    return finished_images(last).cpu()
 
 
 def _read(checkpoint: Path, model: DDPM, source: str, num_images: int) -> Tensor:

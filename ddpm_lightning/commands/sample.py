@@ -18,6 +18,7 @@ from ddpm_lightning.commands.trainer import make_trainer
 from ddpm_lightning.denoiser import finished_images
 from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import (
+    comment_of,
     decode,
     make_class_grid,
     to_uint8,
@@ -32,6 +33,7 @@ from ddpm_lightning.samplers import Clip, Sampler, SamplerName, make_sampler
 
 GRID_IMAGES = 64
 GIF_FRAMES = 50
+GIF_NAME = "denoising.gif"
 
 Format = Literal["png", "npz"]
 
@@ -127,6 +129,8 @@ def sample(
         claim_folder(folder, settings, "holds samples")
     if format == "npz" and (folder / "samples.npz").exists():
         announce(f"samples: {folder} (they were there already)")
+        if gif and not (folder / GIF_NAME).exists():
+            raise InputError(f"--gif: {folder} was sampled without it; give another --out")
         return
     task = SampleTask(model, chosen, wanted, batch_size, folder, gif, told, guiding)
     trainer.predict(task, return_predictions=False)
@@ -185,13 +189,14 @@ class SampleTask(BatchTask):
                 frames.add(step.x_prev)
         assert step is not None
         if frames is not None:
-            write_gif(self._folder / "denoising.gif", frames.kept)
+            write_gif(self._folder / GIF_NAME, frames.kept, seeds_to_text(seeds))
         for seed, image in zip(seeds, finished_images(step), strict=True):
             write_png(_path(self._folder, seed), image)
 
     def is_done(self, seeds: Sequence[int]) -> bool:
-        """Whether the PNGs, and the GIF if it shows this batch, are there."""
-        if self._shows(seeds) and not (self._folder / "denoising.gif").exists():
+        """Whether the PNGs, and the GIF if it is to show this batch, are there."""
+        # a GIF of an earlier call may show other seeds
+        if self._shows(seeds) and comment_of(self._folder / GIF_NAME) != seeds_to_text(seeds):
             return False
         return all(_path(self._folder, seed).exists() for seed in seeds)
 
@@ -260,7 +265,10 @@ def _default_folder(checkpoint: Path, weights: Weights, slug: str) -> Path:
     step = load_checkpoint(checkpoint)["global_step"]
     name = f"step={step}-{weights}-{slug}"
     in_run = checkpoint.absolute().parent.name == "checkpoints"
-    return (checkpoint.parent.parent if in_run else checkpoint.parent) / "generated" / name
+    folder = checkpoint.parent if in_run else checkpoint
+    # within checkpoints/ the folder above is no part of the path
+    above = Path("..") if folder == Path() else folder.parent
+    return above / "generated" / name
 
 
 def _finish(folder: Path, seeds: Sequence[int], format: Format, told: Told) -> None:

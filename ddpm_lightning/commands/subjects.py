@@ -17,7 +17,7 @@ from ddpm_lightning.data.batches import ImageSet
 from ddpm_lightning.data.cache import default_cache_dir, open_images
 from ddpm_lightning.data.image_folder import SUFFIXES, list_files, open_image_folder
 from ddpm_lightning.diffusion.process import Process
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import CacheError, InputError
 from ddpm_lightning.images import Pixels
 from ddpm_lightning.module import DDPM
 from ddpm_lightning.runs import Run
@@ -226,7 +226,12 @@ def check_shape(path: Path, shape: Shape, other: str, other_shape: Sequence[int]
 
 
 def without_remedy(error: InputError) -> str:
-    """Give the first half of a message about --data.source: the other half names its options."""
+    """Give the first half of a message about --data.source: the other half names its options.
+
+    A message about the cache stays whole.
+    """
+    if isinstance(error, CacheError):
+        return str(error)
     return str(error).partition("; ")[0].replace("--data.source ", "")
 
 

@@ -6,6 +6,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddpm_lightning.commands.shell import announce
 from ddpm_lightning.commands.sweep import CURVES, guidance_of, settings_of, short_names
 from ddpm_lightning.images import write_atomically
 from ddpm_lightning.metrics.record import Record
@@ -103,6 +104,8 @@ def write_figure(path: Path, figure: "Figure") -> None:
 class RunCurves:
     """Writes scalars to RUN/fid_sweep/curves, beside and not into the run's own events.
 
+    A run's folder that cannot be written has no curves: the records may lie elsewhere.
+
     Args:
         titles: What each metric is called, by its name in the records.
     """
@@ -118,10 +121,9 @@ class RunCurves:
         if run is None:
             return
         if run not in self._writers:
-            from torch.utils.tensorboard import SummaryWriter
-
-            folder = Path(run) / "fid_sweep" / CURVES
-            self._writers[run] = SummaryWriter(str(folder))
+            self._writers[run] = _open_curves(Path(run) / "fid_sweep" / CURVES)
+        if self._writers[run] is None:
+            return
         line = "-".join(settings_of(subject)).replace(" ", "")
         for name, title in self._titles.items():
             self._writers[run].add_scalar(
@@ -132,7 +134,18 @@ class RunCurves:
     def close(self) -> None:
         """Close the files."""
         for writer in self._writers.values():
-            writer.close()
+            if writer is not None:
+                writer.close()
+
+
+def _open_curves(folder: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        return SummaryWriter(str(folder))
+    except OSError as error:
+        announce(f"no curves for TensorBoard: {folder} cannot be written ({error.strerror})")
+        return None
 
 
 def _layout(records: Sequence[Record]) -> tuple[str, list[tuple[str, Any]]]:

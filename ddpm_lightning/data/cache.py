@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ddpm_lightning.bars import bar_options
 from ddpm_lightning.data.decoding import BrokenImage, decode_split
 from ddpm_lightning.data.items import Source, Split, SplitName, fingerprint
-from ddpm_lightning.errors import InputError
+from ddpm_lightning.errors import CacheError, InputError
 from ddpm_lightning.images import Pixels
 from ddpm_lightning.runs import is_rank_zero
 
@@ -82,7 +82,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
         what: What it holds, as users know it.
 
     Raises:
-        InputError: The cache's folder cannot be written.
+        CacheError: The cache's folder cannot be written.
     """
     lock = FileLock(path.with_suffix(".lock"))
     try:
@@ -94,7 +94,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
                 _log.info("waiting for another process that makes %s, in %s", what, path.parent)
             lock.acquire()
     except OSError as error:
-        raise InputError(
+        raise CacheError(
             f"{path.parent} cannot hold {what} ({error}); name another folder by "
             "--data.cache_dir or $DDPM_LIGHTNING_CACHE"
         ) from error

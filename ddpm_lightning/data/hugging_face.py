@@ -75,22 +75,19 @@ def open_saved(source: str, folder: Path) -> Source:
     """Open a folder that `save_to_disk` wrote; a `Dataset` without splits is the training split."""
     import datasets
 
-    return _to_source(source, _load(source, lambda: datasets.load_from_disk(str(folder))))
+    load = partial(datasets.load_from_disk, str(folder), keep_in_memory=False)  # see _read
+    return _to_source(source, _load(source, load))
 
 
 def open_folder(source: str, folder: Path) -> Source:
     """Open a folder of Parquet or Arrow files, whose names tell the splits (`test-0.parquet`)."""
-    import datasets
-
-    return _to_source(source, _load(source, lambda: datasets.load_dataset(str(folder))))
+    return _to_source(source, _load(source, lambda: _read(str(folder))))
 
 
 def open_file(source: str, file: Path) -> Source:
     """Open one Parquet or Arrow file as the training split."""
-    import datasets
-
     builder = file.suffix.lower()[1:]
-    loaded = _load(source, lambda: datasets.load_dataset(builder, data_files=str(file)))
+    loaded = _load(source, lambda: _read(builder, data_files=str(file)))
     return _to_source(source, loaded)
 
 
@@ -104,13 +101,11 @@ def open_hub(source: str, hint: str) -> Source:
     Raises:
         InputError: The hub does not have it; or the hub is out of reach, and there is no copy.
     """
-    import datasets
-
     return _ask_hub(
         source,
         hint,
         lambda name, configuration: _to_source(
-            source, _load(source, lambda: datasets.load_dataset(name, configuration), hint)
+            source, _load(source, lambda: _read(name, configuration), hint)
         ),
     )
 
@@ -215,6 +210,16 @@ def _load(source: str, load: Callable[[], Any], hint: str = "") -> Any:
         raise InputError(
             f"--data.source {source} cannot be loaded{hint}: {_one_line(error)}"
         ) from error
+
+
+def _read(*arguments: Any, **options: Any) -> Any:
+    """Have `datasets` map a set's files, whatever a variable of the environment says.
+
+    They tell a set from others; held in memory, it has none.
+    """
+    import datasets
+
+    return datasets.load_dataset(*arguments, **options, keep_in_memory=False)
 
 
 def _to_source(source: str, loaded: Any) -> Source:

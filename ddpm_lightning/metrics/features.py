@@ -5,6 +5,7 @@ on. Only Inception's Frechet distance is called FID; any other's carries the ext
 """
 
 import hashlib
+import inspect
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -225,6 +226,7 @@ def _of_user(class_path: str) -> Extractor:
         "layer": "output",
         "resizer": "its own",
         "weights_sha256": module_sha256(module),
+        "source_sha256": _source_sha256(type(module)),
     }
     return Extractor(
         class_path,
@@ -234,3 +236,11 @@ def _of_user(class_path: str) -> Extractor:
         False,
         lambda images: Features(module(images), None),
     )
+
+
+def _source_sha256(kind: type) -> str | None:
+    """Hash the file that a class is written in, for what it does is part of what it measures."""
+    try:
+        return file_sha256(inspect.getfile(kind))
+    except (OSError, TypeError):  # made without one
+        return None

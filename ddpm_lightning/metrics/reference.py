@@ -76,10 +76,19 @@ def reference_of(
         [REFERENCE_VERSION, keeps_features, contents, extractor.protocol], sort_keys=True
     )
     path = cache_dir / f"reference-{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.npz"
+
+    def kept() -> Reference | None:
+        with suppress(InputError):
+            return load_reference(path, extractor, metrics)._replace(protocol=protocol)
+        return None
+
+    found = kept()  # without the lock: the cache may be one that only others can write
+    if found is not None:
+        return found
     with locked(path, "the features of the reference"):
-        if path.is_file():
-            with suppress(InputError):
-                return load_reference(path, extractor, metrics)._replace(protocol=protocol)
+        found = kept()  # another process may have made it while this one waited
+        if found is not None:
+            return found
         reference = Reference(_collect(images, extractor, metrics, batch_size), protocol)
         save_reference(path, reference)
     return reference
