@@ -89,7 +89,8 @@ class NoiseStreams:
 
     Args:
         seeds: One per image, each in [0, NUM_SEEDS) (other bits are dropped).
-        device: Where the generators live. Values are bit-equal on one device type.
+        device: Where the generators live. Values are bit-equal on the CPU, and on one model of
+            GPU; small GPUs draw images of 256x256 in another order than large ones.
         pin_memory: Draw into page-locked memory, for `to_device`.
     """
 

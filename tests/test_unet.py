@@ -222,6 +222,16 @@ def test_dropout_is_torchs_but_for_the_draws(p: float, dtype: torch.dtype) -> No
     assert ours.eval()(x) is x
 
 
+def test_dropout_in_bfloat16_scales_by_more_digits_than_that_has() -> None:
+    """1 / 0.9 is 1.109375 in bfloat16, and all expectations would be 0.16 % less."""
+    torch.manual_seed(0)
+    x = torch.rand(100_000).add_(1).bfloat16()
+    outputs = Dropout(0.1)(x)
+    assert outputs.dtype == torch.bfloat16
+    kept = outputs != 0
+    assert torch.equal(outputs[kept], (x[kept].float() / 0.9).bfloat16())
+
+
 def test_dropout_keeps_to_a_probability_below_its_smallest_step() -> None:
     torch.manual_seed(0)
     p, x, calls = 2**-18, torch.ones(250_001), 400
