@@ -1,10 +1,13 @@
 """What `fit` and sampling add to what cannot be avoided."""
 
+import math
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,14 @@ from benchmarks.harness import (
     wait_for_device,
 )
 from benchmarks.peers import CPU
-from benchmarks.training import SMALL, make_pixels, network_options, our_step, write_images
+from benchmarks.training import (
+    SITTINGS,
+    SMALL,
+    make_pixels,
+    network_options,
+    our_step,
+    write_images,
+)
 from ddpm_lightning import DDPM, UNet
 from ddpm_lightning import __main__ as command_line
 from ddpm_lightning.allocator import keep_freed_memory
@@ -97,7 +107,21 @@ class Turns(Callback):
 
 
 def trainer_cost(runs: int, budget: float, device: torch.device = CPU, steps: int = 2) -> Row:
-    """Compare so many steps of `fit` with those of a bare loop, in processes of their own."""
+    """Compare so many steps of `fit` with those of a bare loop, each side started several times."""
+    rounds: list[tuple[float, float]] = []
+    num_rounds = math.ceil(4 * runs / SITTINGS)
+    for _ in range(SITTINGS):
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            sitting = pool.submit(_sit, num_rounds, budget / SITTINGS, device, steps)
+            rounds += sitting.result()
+    what = "a step of `fit` against one of a bare loop, 28x28, 32-64-64 channels, batch 64"
+    return make_row("trainer-cost", what, "s", rounds, "at most", 1.02)
+
+
+def _sit(
+    num_rounds: int, budget: float, device: torch.device, steps: int
+) -> list[tuple[float, float]]:
+    """Take so many rounds of `fit`, in this process, and of a bare loop, in one of its own."""
     with (
         tempfile.TemporaryDirectory() as folder,
         own_process(our_step, SMALL, BATCH_SIZE, SIZE, False, None, device) as bare,
@@ -121,13 +145,12 @@ def trainer_cost(runs: int, budget: float, device: torch.device = CPU, steps: in
             "--trainer.devices=1",
             "--trainer.callbacks=benchmarks.command.Turns",
             f"--trainer.callbacks.steps={steps}",
-            f"--trainer.callbacks.runs={SHORT * runs}",
+            f"--trainer.callbacks.runs={num_rounds}",
             f"--trainer.callbacks.budget={budget}",
             f"--run_dir={folder}/run",
         ]
         assert command_line.main() == 0
-    what = "a step of `fit` against one of a bare loop, 28x28, 32-64-64 channels, batch 64"
-    return make_row("trainer-cost", what, "s", ROUNDS, "at most", 1.02)
+    return ROUNDS
 
 
 def sampling(is_ours: bool, device: torch.device = CPU) -> Action:
