@@ -109,7 +109,7 @@ class Turns(Callback):
 def trainer_cost(runs: int, budget: float, device: torch.device = CPU, steps: int = 2) -> Row:
     """Compare so many steps of `fit` with those of a bare loop, each side started several times."""
     rounds: list[tuple[float, float]] = []
-    num_rounds = math.ceil(4 * runs / SITTINGS)
+    num_rounds = math.ceil(3 * runs / SITTINGS)
     for _ in range(SITTINGS):
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             sitting = pool.submit(_sit, num_rounds, budget / SITTINGS, device, steps)

@@ -11,7 +11,7 @@ QUICK = {
     "data-stream-png-within": ("data:data_stream_png_within", 1.0),
     "data-stream-png-own": ("data:data_stream_png_own", 1.0),
     "data-stream-raw": ("data:data_stream_raw", 1.0),
-    "start": ("command:start", 2.0),
+    "start": ("command:start", 1.5),
     "trainer-cost": ("command:trainer_cost", 3.0),
     "sampler-cost": ("command:sampler_cost", 1.5),
     "memory": ("memory:memory", 4.0),
