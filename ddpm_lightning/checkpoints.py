@@ -301,25 +301,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return value is None or type(value) in (bool, int, float, str)
-
-
-def align_batches(checkpoint: dict[str, Any], accumulate: int, limit: int | None) -> None:
-    """Let Lightning's counts of micro-batches be those of the checkpoint's whole steps.
-
-    It goes on with the counts as they were: with another accumulation, or where it had stopped amid
-    a step, its steps would take parts of two batches from then on.
-
-    Args:
-        checkpoint: What a checkpoint holds; changed.
-        accumulate: Micro-batches of a step from now on.
-        limit: Micro-batches of one of Lightning's epochs; None where they have no end.
-    """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    total, current = progress["total"], progress["current"]
-    ready = checkpoint["global_step"] * accumulate
-    if total["ready"] == ready:
-        return
-    place = ready if limit is None else ready % limit
-    for counts, shift in ((total, ready - total["ready"]), (current, place - current["ready"])):
-        for name in counts:
-            counts[name] += shift

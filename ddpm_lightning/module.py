@@ -35,6 +35,7 @@ from ddpm_lightning.errors import InputError
 from ddpm_lightning.images import to_float
 from ddpm_lightning.nonfinite import BadSteps, OnNonfinite, leave_out
 from ddpm_lightning.randomness import NoiseStreams, Stream, hash_indices, hash_uniform, to_device
+from ddpm_lightning.resuming import align_batches, take_options
 from ddpm_lightning.samplers import Network
 
 VALIDATION_SEED = 20200619
@@ -202,7 +203,7 @@ class DDPM(Denoiser, LightningModule):
         """Go on at the step's first micro-batch, and draw t as training did."""
         limit = self.trainer.limit_train_batches  # up to 1.0 it is a share
         num_batches = int(limit) if isinstance(limit, int) or limit > 1 else None
-        checkpoints.align_batches(checkpoint, self.trainer.accumulate_grad_batches, num_batches)
+        align_batches(checkpoint, self.trainer.accumulate_grad_batches, num_batches)
         if isinstance(self._timesteps, LossSecondMoment):
             self._timesteps.load_state_dict(checkpoint.get("timestep_sampling", {}))
 
@@ -342,24 +343,11 @@ class DDPM(Denoiser, LightningModule):
         self.flops_per_image = int(counter.get_total_flops())
 
     def on_train_start(self) -> None:
-        """Let the optimizer's options be those asked for, where a checkpoint brought others.
-
-        Lightning restores options with the state: a new learning rate would silently be ignored.
-        The state's layout in memory is restored, too, and fused optimizers trust that it is the
-        weights'.
-        """
+        """Let the optimizer's options be those asked for, where a checkpoint brought others."""
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)
         optimizer = scheduler.optimizer
-        for weight, state in optimizer.state.items():
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.shape == weight.shape:
-                    state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
-        asked = self.make_optimizer()
-        for group, options in zip(optimizer.param_groups, asked.param_groups, strict=True):
-            group |= {key: value for key, value in options.items() if key != "params"}
-            group["initial_lr"] = options["lr"]
-        place_steps(optimizer)
+        take_options(optimizer, self.make_optimizer())
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
         for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
             group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
@@ -474,20 +462,6 @@ class DDPM(Denoiser, LightningModule):
             f"--model.net.in_channels {channels} --model.net.out_channels {outputs}, "
             "or change --data.channels"
         )
-
-
-def place_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Put Adam's counts of steps where its kernels look for them.
-
-    torch loads a checkpoint's to where the options of that time had them: fused kernels read them
-    on the device, all others on the CPU, where nothing has to be waited for.
-    """
-    for group in optimizer.param_groups:
-        on_device = group.get("fused") or group.get("capturable")
-        for weight in group["params"]:
-            step = optimizer.state.get(weight, {}).get("step")
-            if isinstance(step, Tensor):
-                optimizer.state[weight]["step"] = step.to(weight.device if on_device else "cpu")
 
 
 def _check_compiler() -> None:

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A part imports only from parts in lines above its own.
 ORDER = [
-    ("errors", "allocator", "plain_png", "bars", "muon"),
+    ("errors", "allocator", "plain_png", "bars", "muon", "resuming"),
     ("randomness", "images", "runs", "peers"),
     ("labelled_grid",),
     ("networks", "diffusion", "data", "checkpoints"),

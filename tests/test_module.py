@@ -22,7 +22,7 @@ from ddpm_lightning.checkpoints import FORMAT_VERSION, load_checkpoint
 from ddpm_lightning.data.batches import Batch
 from ddpm_lightning.diffusion.process import Process
 from ddpm_lightning.errors import InputError
-from ddpm_lightning.module import place_steps
+from ddpm_lightning.resuming import place_steps
 from ddpm_lightning.samplers import (
     DDIMSampler,
     DPMSolver2MSampler,
