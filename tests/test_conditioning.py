@@ -446,16 +446,18 @@ def test_pictures_show_what_sample_gives(here: Path, tmp_path: Path) -> None:
     assert torch.equal(samples.flatten(0, 1), expected)
 
     out = ("--num_images", 2, "--num_steps", 4, "--accelerator", "cpu", "--out")
-    for command in ("progressive", "shared-latents"):
-        run_well(here, command, CKPT, *out, tmp_path / f"{command}.png")
+    small = ("--extractor", "tests.extractors.Small")
+    for command in ("progressive", "shared-latents", "neighbours"):
+        more = small if command == "neighbours" else ()
+        run_well(here, command, CKPT, *more, *out, tmp_path / f"{command}.png")
         record = json.loads((tmp_path / f"{command}.json").read_text())
         assert record["guidance"] == {"labels": "seed modulo 2", "scale": 1.0, "rescale": 0.0}
-    judged = ("--num_judged", 6, "--extractor", "tests.extractors.Small", "--sampler", "ddim")
+    run_well(here, "neighbours", checkpoint, *small, *out, tmp_path / "sure.png")
+    judged = ("--num_judged", 6, *small, "--sampler", "ddim")
     run_well(here, "progressive", checkpoint, *judged, *out, tmp_path / "judged.png")
     steps = json.loads((tmp_path / "judged.json").read_text())["quality"]["steps"]
     row = ("--num_images", 6, "--num_steps", 4, "--sampler", "ddim", "--accelerator", "cpu")
-    small = ("--extractor", "tests.extractors.Small", "--out", tmp_path / "fid")
-    run_well(here, "fid", checkpoint, *row, *small)
+    run_well(here, "fid", checkpoint, *row, *small, "--out", tmp_path / "fid")
     metrics = json.loads((tmp_path / "fid/record.json").read_text())["metrics"]
     assert steps[-1]["metrics"]["fd_Small"] == pytest.approx(metrics["fd_Small"], rel=1e-6)
 

@@ -106,10 +106,14 @@ def neighbours(
         **describe_reference(images, data.source, chosen),
         "crop": crop,
         "batch_size": batch_size,
+        **subject.describe_classes(),
     }
     picture = PictureFile("neighbours", out, subject, settings)
     with sampling_bar(num_batches * subject.num_steps) as bar:
-        drawn = subject.model.batches(wanted, subject.sampler, batch_size, bar.update)
+        labels = subject.model.labels_of(wanted)
+        drawn = subject.model.batches(
+            wanted, subject.sampler, batch_size, bar.update, labels=labels
+        )
         samples = torch.cat([part.cpu() for part in drawn])
     found = find_neighbours(samples, images, searched, chosen, num_neighbours, crop, batch_size)
     groups = [
