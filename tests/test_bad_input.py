@@ -268,7 +268,8 @@ def test_types(here: Path, option: str, told: str) -> None:
             "--trainer.limit_train_batches 5: must be a multiple of --trainer.accumulate_grad_ba",
         ),
         (
-            'trainer.callbacks+=GradientAccumulationScheduler --trainer.callbacks.scheduling={"0":2}',  # noqa: E501
+            "trainer.callbacks+=GradientAccumulationScheduler "
+            '--trainer.callbacks.scheduling={"0":2}',
             "GradientAccumulationScheduler: not supported",
         ),
         ("trainer.accumulate_grad_batches 0", "accumulate_grad_batches"),

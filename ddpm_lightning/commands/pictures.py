@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from ddpm_lightning.bars import bar_options
 from ddpm_lightning.checkpoints import Weights
-from ddpm_lightning.commands.loading import load_unchanged
 from ddpm_lightning.commands.settings import check_settings
 from ddpm_lightning.commands.shell import announce
 from ddpm_lightning.commands.subjects import Checkpoint, CheckpointReader
@@ -70,7 +69,7 @@ def open_subject(checkpoint: str, weights: Weights, sampler: Sampler, accelerato
     """
     path = Path(checkpoint)
     found = CheckpointReader([weights], [sampler])(path)
-    model = load_unchanged(path, found.sha256, weights).to(choose_device(accelerator))
+    model = DDPM.from_checkpoint(path, weights).to(choose_device(accelerator))
     return Subject(found, weights, sampler, model)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_lightning.checkpoints import Weights, file_sha256, load_checkpoint, select_weights
+from ddpm_lightning.commands.sample import GIF_NAME
 from ddpm_lightning.commands.told import Guide
 from ddpm_lightning.data.batches import ImageSet
 from ddpm_lightning.data.cache import default_cache_dir, open_images
@@ -28,7 +29,7 @@ Shape = tuple[int, int, int]
 
 # What `sample` writes beside its images; settings.json tells that it was `sample`.
 SAMPLE_SETTINGS = "settings.json"
-SAMPLE_EXTRAS = ("grid.png", "denoising.gif")
+SAMPLE_EXTRAS = ("grid.png", GIF_NAME)
 
 
 class Images(Protocol):

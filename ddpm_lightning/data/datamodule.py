@@ -239,8 +239,8 @@ class ImageDataModule(LightningDataModule):
         is_same = theirs.get("images_sha256") == train.sha256
         if is_share and theirs.get("source") == self.source and not is_same:
             raise InputError(
-                f"{path}: trained on another share of {self.source}, so that the images to "
-                f"{stage} on are among those; give its run's config.yaml with --config, or its "
+                f"{path}: trained on another share of {self.source}, so that images to "
+                f"{stage} on may be among those; give its run's config.yaml with --config, or its "
                 "--seed_everything and --data.val_fraction"
             )
 
