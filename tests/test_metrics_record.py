@@ -62,7 +62,7 @@ def test_a_record_has_all_that_a_number_stands_on() -> None:
     }
     assert record["protocol"].keys() == {
         *("num_images", "quantisation", "methods", "reference"),
-        *("extractor", "layer", "resizer", "weights_sha256"),
+        *("extractor", "layer", "resizer", "weights_sha256", "source_sha256"),
     }
     assert record["protocol"]["methods"].keys() == {"fd", "kid", "is", "prc"}
     environment = record["environment"]
